@@ -1,4 +1,4 @@
-"""Run mixture-of-experts models that do not fit in memory, with a shadow model that predicts them."""
+"""Run mixture-of-experts models that do not fit in memory: a shadow model predicts the experts."""
 
 from importlib import metadata as _metadata
 from importlib.util import find_spec as _find_spec
@@ -10,8 +10,8 @@ from ._build import MLX_VERSION as _MLX_VERSION
 _installed = _metadata.version("mlx")
 if _installed != _MLX_VERSION:
     raise ImportError(
-        f"mlx_od_moe was built for mlx {_MLX_VERSION}, but mlx {_installed} is installed, and MLX's "
-        f"C++ interface changes with every release: pip install 'mlx=={_MLX_VERSION}'"
+        f"mlx_od_moe was built for mlx {_MLX_VERSION}, but mlx {_installed} is installed, and "
+        f"MLX's C++ interface changes with every release: pip install 'mlx=={_MLX_VERSION}'"
     )
 
 # Found, not imported: importing it loads MLX, and the fast BLAS must come before.
@@ -29,8 +29,17 @@ except ImportError as error:
         f"NVIDIA GPU). The cause: {error}"
     ) from error
 
-from ._ext import is_available
+from ._ext import is_available  # noqa: E402
+from .predictor_bundle import PredictorBundle  # noqa: E402
+from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
 
 __version__ = _metadata.version("mlx-od-moe")
 
-__all__ = ["FAST_BLAS", "INSTALL_DIR", "is_available"]
+__all__ = [
+    "FAST_BLAS",
+    "INSTALL_DIR",
+    "ExpertPredictor",
+    "PredictorBundle",
+    "PredictorConfig",
+    "is_available",
+]

@@ -1,0 +1,120 @@
+"""The predictors of a whole model: one per MoE layer, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .predictor_file import Quantization, named, read_tensors, restore, write_tensors
+from .router import Router, RouterConfig
+from .shadow_model import ExpertPredictor, PredictorConfig
+
+
+class PredictorBundle(Mapping[int, ExpertPredictor]):
+    """{MoE layer: its ExpertPredictor}, by the model's layer index.
+
+    The predictor of the i-th MoE layer predicts the (i + 1)-th … (i + lookahead)-th; the last MoE
+    layer has none. Predictors of neighbouring layers share the routers of their targets, so each is
+    kept and written once.
+
+    Args:
+        moe_layers: all MoE layers of the model, in order.
+        predictors: of those layers that have one.
+        training: how they were trained, kept in the file; any JSON values.
+    """
+
+    def __init__(
+        self,
+        moe_layers: list[int],
+        predictors: Mapping[int, ExpertPredictor],
+        training: dict[str, Any] | None = None,
+    ):
+        self.moe_layers = list(moe_layers)
+        self.training = training or {}
+        self._predictors = {layer: predictors[layer] for layer in sorted(predictors)}
+        if not self._predictors:
+            raise ValueError("[PredictorBundle] needs the predictor of at least one layer")
+        for layer, predictor in self._predictors.items():
+            if len(self.targets(layer)) < predictor.config.lookahead:
+                raise ValueError(
+                    f"[PredictorBundle] layer {layer} predicts {predictor.config.lookahead} layers "
+                    f"ahead, but only {self.targets(layer)} follow among {self.moe_layers}"
+                )
+
+    def __getitem__(self, layer: int) -> ExpertPredictor:
+        return self._predictors[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._predictors)
+
+    def __len__(self) -> int:
+        return len(self._predictors)
+
+    def targets(self, layer: int) -> list[int]:
+        """The MoE layers that `layer`'s predictor may speak of, nearest first."""
+        if layer not in self.moe_layers:
+            raise ValueError(f"[PredictorBundle] {layer} is not one of {self.moe_layers}")
+        after = self.moe_layers[self.moe_layers.index(layer) + 1 :]
+        known = self._predictors.get(layer)
+        return after[: known.config.lookahead] if known else after
+
+    def routers(self) -> dict[int, Router]:
+        """{target layer: its router} of all layers that some predictor looks ahead to."""
+        return {
+            target: router
+            for layer, predictor in self.items()
+            for target, router in zip(self.targets(layer), predictor.routers, strict=False)
+        }
+
+    def quantized(self, bits: int, group_size: int = 64) -> PredictorBundle:
+        """A copy with all matrices in MLX's affine format."""
+        routers = {t: r.quantized(bits, group_size) for t, r in self.routers().items()}
+        predictors = {
+            layer: predictor.quantized(
+                bits,
+                group_size,
+                [routers[t] for t in self.targets(layer)] if predictor.routers else [],
+            )
+            for layer, predictor in self.items()
+        }
+        return PredictorBundle(self.moe_layers, predictors, self.training)
+
+    def save(self, path: str | Path, bits: int | None = None) -> None:
+        """Write all predictors to one safetensors file; `bits` 4 or 8 quantises."""
+        bundle = self if bits is None else self.quantized(bits)
+        tensors, routers = {}, bundle.routers()
+        for layer, predictor in bundle.items():
+            tensors |= named(predictor, f"layers.{layer}.")
+        for target, router in routers.items():
+            tensors |= named(router, f"routers.{target}.")
+        quantization = next(iter(bundle.values())).quantization
+        metadata = {
+            "moe_layers": self.moe_layers,
+            "layers": {layer: dataclasses.asdict(p.config) for layer, p in self.items()},
+            "routers": {target: dataclasses.asdict(r.config) for target, r in routers.items()},
+            "quantization": quantization and dataclasses.asdict(quantization),
+            "training": self.training,
+        }
+        write_tensors(path, tensors, "bundle", metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PredictorBundle:
+        """Read a file that `save` wrote: every parameter comes back bit for bit."""
+        tensors, metadata = read_tensors(path, kind="bundle")
+        moe_layers = metadata["moe_layers"]
+        quantization = metadata["quantization"] and Quantization(**metadata["quantization"])
+        routers = {}
+        for target, options in metadata["routers"].items():
+            routers[int(target)] = router = Router(RouterConfig(**options))
+            restore(router, tensors, f"routers.{target}.", quantization, path)
+        predictors = {}
+        for name, options in metadata["layers"].items():
+            layer, config = int(name), PredictorConfig(**options)
+            ahead = moe_layers[moe_layers.index(layer) + 1 :][: config.lookahead]
+            predictors[layer] = ExpertPredictor(
+                config, [routers[target] for target in ahead] if config.has_gate else []
+            )
+            restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
+        return cls(moe_layers, predictors, metadata["training"])
