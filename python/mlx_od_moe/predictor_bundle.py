@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from .predictor_file import Quantization, named, read_tensors, restore, write_tensors
 from .router import Router, RouterConfig
 from .shadow_model import ExpertPredictor, PredictorConfig
@@ -71,12 +73,12 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
     def quantized(self, bits: int, group_size: int = 64) -> PredictorBundle:
         """A copy with all matrices in MLX's affine format."""
         routers = {t: r.quantized(bits, group_size) for t, r in self.routers().items()}
+
+        def shared(layer: int, predictor: ExpertPredictor) -> list[Router]:
+            return [routers[target] for target in self.targets(layer)] if predictor.routers else []
+
         predictors = {
-            layer: predictor.quantized(
-                bits,
-                group_size,
-                [routers[t] for t in self.targets(layer)] if predictor.routers else [],
-            )
+            layer: predictor.quantized(bits, group_size, shared(layer, predictor))
             for layer, predictor in self.items()
         }
         return PredictorBundle(self.moe_layers, predictors, self.training)
@@ -84,7 +86,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write all predictors to one safetensors file; `bits` 4 or 8 quantises."""
         bundle = self if bits is None else self.quantized(bits)
-        tensors, routers = {}, bundle.routers()
+        routers = bundle.routers()
+        tensors: dict[str, mx.array] = {}
         for layer, predictor in bundle.items():
             tensors |= named(predictor, f"layers.{layer}.")
         for target, router in routers.items():

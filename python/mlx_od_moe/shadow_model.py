@@ -80,7 +80,8 @@ class PredictorConfig:
 class ExpertPredictor(nn.Module):
     """Predicts the experts of the next `lookahead` MoE layers from one layer's block input.
 
-    logits[d] = heads[d](act(norm(trunk(h) + previous(e)))) + gate_scale[d] * routers[d].scores(h * s[d])
+    logits[d] = heads[d](act(norm(trunk(h) + previous(e))))
+              + gate_scale[d] * routers[d].scores(h * s[d])
 
     with each part present where `config` asks for it. `routers` are the target layers' own, frozen;
     s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale).
@@ -127,8 +128,8 @@ class ExpertPredictor(nn.Module):
         config = self.config
         if h.shape[-1] != config.hidden_size:
             raise ValueError(
-                f"[ExpertPredictor] the hidden state has {h.shape[-1]} features, but this predictor "
-                f"is for hidden_size {config.hidden_size}"
+                f"[ExpertPredictor] the hidden state has {h.shape[-1]} features, but this "
+                f"predictor is for hidden_size {config.hidden_size}"
             )
         h = h.astype(mx.float32)
         if not config.has_gate:
@@ -173,8 +174,8 @@ class ExpertPredictor(nn.Module):
     ) -> ExpertPredictor:
         """A copy with its matrices in MLX's affine format, routers included (see `nn.quantize`).
 
-        A matrix whose input width is no multiple of `group_size` stays as it is. `routers`: quantised
-        already, where a bundle's layers share them.
+        A matrix whose input width is no multiple of `group_size` stays as it is. `routers`:
+        quantised already, where a bundle's layers share them.
         """
         if self.quantization:
             raise ValueError(f"[ExpertPredictor] is quantised already: {self.quantization}")
