@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .predictor_file import Quantization, named, read_tensors, restore, write_tensors
-from .gate import Router, RouterConfig
+from .router import Router, RouterConfig
 from .shadow_model import ExpertPredictor, PredictorConfig
 
 

@@ -1,121 +1,95 @@
-"""A MoE layer's router as plain arrays: its experts can be ranked again from recorded states."""
+"""The model's own routers, used to look ahead: what layer l's state would choose at layer l + d."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import mlx.core as mx
+import mlx.nn as nn
 
-SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
-_PARTS = ("weight", "bias", "correction", "norm")
-
-FloatArray = NDArray[np.float32]
+from .predictor_file import quantize
 
 
 @dataclass(frozen=True)
-class Router:
-    """How one MoE layer ranks its experts.
+class RouterConfig:
+    """What a router is besides its weights.
 
-    `weight` [num_experts, hidden_size]; `bias` [num_experts] is added to the logits; `correction`
-    [num_experts] to the scores, for the ranking only (DeepSeek-V3). `norm` [hidden_size] is the
-    weight of the RMSNorm whose output is the block's input; None where there is no such norm.
-    All are float32. With `n_group` > 1 only the best `topk_group` groups of experts compete.
+    `scoring` says what it ranks experts by: "softmax" by the logits; "sigmoid" by
+    sigmoid(logits) + correction (DeepSeek-V3, Kimi-K2), where with `n_group` > 1 only experts of
+    the best `topk_group` groups take part.
     """
 
-    weight: FloatArray
-    bias: FloatArray | None = None
-    correction: FloatArray | None = None
-    norm: FloatArray | None = None
+    hidden_size: int
+    num_experts: int
+    bias: bool = False
+    correction: bool = False
     scoring: str = "softmax"
     n_group: int = 1
     topk_group: int = 1
 
-    def logits(self, hidden: NDArray[np.floating]) -> FloatArray:
-        """Router logits [tokens, num_experts] of block inputs [tokens, hidden_size]."""
-        logits: FloatArray = hidden.astype(np.float32) @ self.weight.T
-        return logits if self.bias is None else logits + self.bias
+    def __post_init__(self) -> None:
+        if self.scoring not in ("softmax", "sigmoid"):
+            raise ValueError(f"[RouterConfig] scoring is softmax or sigmoid, not {self.scoring!r}")
+        if not 1 <= self.topk_group <= self.n_group or self.num_experts % self.n_group:
+            raise ValueError(
+                f"[RouterConfig] topk_group {self.topk_group} of n_group {self.n_group} groups of "
+                f"{self.num_experts} experts is not possible"
+            )
 
-    def scores(self, hidden: NDArray[np.floating]) -> FloatArray:
-        """The scores [tokens, num_experts] float32 by which the model picks its top-k experts."""
-        scores = _activate(self.logits(hidden), self.scoring)
-        if self.correction is not None:
+
+class Router(nn.Module):
+    """A MoE layer's router: `linear` [num_experts, hidden_size] and its scoring. Never trained."""
+
+    def __init__(self, config: RouterConfig):
+        super().__init__()
+        self.config = config
+        self.linear = nn.Linear(config.hidden_size, config.num_experts, bias=config.bias)
+        if config.correction:
+            self.correction = mx.zeros((config.num_experts,))
+        self.freeze()
+
+    def quantized(self, bits: int, group_size: int = 64) -> Router:
+        """A copy with its matrix in MLX's affine format."""
+        copy = Router(self.config)
+        copy.update(self.parameters())
+        quantize(copy, bits, group_size)
+        return copy
+
+    def scores(self, x: mx.array) -> mx.array:
+        """What experts are ranked by, [..., num_experts], for block inputs x [..., hidden_size]."""
+        logits = self.linear(x)
+        if self.config.scoring == "softmax":
+            return logits
+        scores = mx.sigmoid(logits)
+        if self.config.correction:
             scores = scores + self.correction
-        return scores if self.n_group <= 1 else self._drop_groups(scores)
+        return self._without_weak_groups(scores) if self.config.n_group > 1 else scores
 
-    def _drop_groups(self, scores: FloatArray) -> FloatArray:
-        """Zero the groups whose two best experts sum lowest, as DeepSeek-V3 does."""
-        grouped = scores.reshape(len(scores), self.n_group, -1)
-        strength = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
-        dropped = np.argsort(strength, axis=-1, kind="stable")[:, : self.n_group - self.topk_group]
-        kept = grouped.copy()
-        np.put_along_axis(kept, dropped[..., None], 0.0, axis=1)
-        return kept.reshape(scores.shape)
+    def _without_weak_groups(self, scores: mx.array) -> mx.array:
+        """Zero the experts of all but the `topk_group` groups with the highest two best scores."""
+        config = self.config
+        groups = mx.unflatten(scores, -1, (config.n_group, -1))
+        strength = mx.topk(groups, 2, axis=-1).sum(axis=-1, keepdims=True)
+        dropped = config.n_group - config.topk_group
+        weak = mx.argpartition(strength, dropped - 1, axis=-2)[..., :dropped, :]
+        return mx.flatten(mx.put_along_axis(groups, weak, mx.array(0.0), axis=-2), -2, -1)
 
-
-def _activate(logits: FloatArray, scoring: str) -> FloatArray:
-    if scoring == "softmax":
-        weights: FloatArray = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return weights / weights.sum(axis=-1, keepdims=True)
-    if scoring == "sigmoid":
-        return (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
-    if scoring == "sqrtsoftplus":
-        return np.sqrt(np.logaddexp(0.0, logits)).astype(np.float32)
-    raise ValueError(f"[Router] scoring must be one of {', '.join(SCORINGS)}, but is {scoring!r}")
+    def log_probs(self, x: mx.array) -> mx.array:
+        """Log of the routing distribution over experts, [..., num_experts]: the target of KL."""
+        if self.config.scoring == "softmax":
+            logits = self.linear(x)
+            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        scores = mx.maximum(self.scores(x), 1e-6)
+        return mx.log(scores / scores.sum(axis=-1, keepdims=True))
 
 
-def top_experts(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:
-    """Ids [tokens, k] of the k best experts, best first, from scores [tokens, num_experts]."""
-    return np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+def input_scale(source_norm: mx.array | None, target_norm: mx.array | None) -> mx.array | None:
+    """What turns the source layer's block input into the target's norm of the same state.
 
-
-def save_routers(path: Path, routers: Mapping[int, Router]) -> None:
-    """Write routers to a safetensors file, whole or not at all.
-
-    The file has one scoring rule; a layer whose rule differs is left out with a warning.
+    A block's input is h / rms(h) * norm, so times (target_norm / source_norm) it is exactly the
+    target layer's RMSNorm of the source's state. Returns [hidden_size], None where one is unknown.
     """
-    import mlx.core as mx
-
-    if not routers:
-        return
-    rule = _rule(next(iter(routers.values())))
-    arrays = {}
-    for layer, router in routers.items():
-        if _rule(router) != rule:
-            warnings.warn(f"layer {layer}: its routing rule differs, left out", stacklevel=2)
-            continue
-        parts = ((part, getattr(router, part)) for part in _PARTS)
-        arrays |= {f"{layer}.{part}": mx.array(v) for part, v in parts if v is not None}
-    temporary = path.with_name(f"{path.stem}.tmp.safetensors")
-    mx.save_safetensors(str(temporary), arrays, rule)
-    os.replace(temporary, path)
-
-
-def load_routers(path: Path) -> dict[int, Router]:
-    """Read what `save_routers` wrote: {layer: Router}; empty where there is no such file."""
-    import mlx.core as mx
-
-    if not path.exists():
-        return {}
-    arrays, rule = mx.load(str(path), return_metadata=True)
-    routers: dict[int, Router] = {}
-    for name in sorted(arrays, key=lambda name: not name.endswith(".weight")):
-        layer, part = name.split(".")
-        value = np.array(arrays[name])
-        if part == "weight":
-            groups = int(rule.get("n_group", 1)), int(rule.get("topk_group", 1))
-            routers[int(layer)] = Router(value, None, None, None, rule["scoring"], *groups)
-        else:
-            routers[int(layer)] = replace(routers[int(layer)], **{part: value})
-    return dict(sorted(routers.items()))
-
-
-def _rule(router: Router) -> dict[str, str]:
-    rule = {"scoring": router.scoring}
-    if router.n_group > 1:
-        rule |= {"n_group": str(router.n_group), "topk_group": str(router.topk_group)}
-    return rule
+    if source_norm is None or target_norm is None:
+        return None
+    usable = mx.abs(source_norm) > 1e-6
+    return mx.where(usable, target_norm / mx.where(usable, source_norm, 1.0), 0.0)

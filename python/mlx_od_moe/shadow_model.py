@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .predictor_file import Quantization, named, quantize, read_tensors, restore, write_tensors
-from .gate import Router, RouterConfig
+from .router import Router, RouterConfig
 
 TERMS = ("mlp", "mlp+gate", "gate")
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
@@ -84,7 +84,7 @@ class ExpertPredictor(nn.Module):
               + gate_scale[d] * routers[d].scores(h * s[d])
 
     with each part present where `config` asks for it. `routers` are the target layers' own, frozen;
-    s = `gate_input_scale` maps this layer's state to the target's norm (see gate.input_scale).
+    s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale).
     """
 
     def __init__(self, config: PredictorConfig, routers: Sequence[Router] = ()):
