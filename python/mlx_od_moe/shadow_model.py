@@ -28,7 +28,7 @@ class PredictorConfig:
         num_experts: routed experts per MoE layer.
         lookahead: MoE layers ahead that are predicted: distances 1 … lookahead.
         top_k: experts that the model runs per token, and the default number predicted.
-        activation: "silu" or "relu".
+        activation: "relu" or "silu".
         layer_norm: LayerNorm between the first matrix and the activation.
         terms: per distance, what its logits are made of: "mlp", "mlp+gate" (plus the target
             layer's router on this layer's state) or "gate" (that alone). Default: all "mlp".
@@ -40,7 +40,7 @@ class PredictorConfig:
     num_experts: int = 384
     lookahead: int = 4
     top_k: int = 8
-    activation: str = "silu"
+    activation: str = "relu"
     layer_norm: bool = False
     terms: tuple[str, ...] = ()
     previous_experts: bool = False

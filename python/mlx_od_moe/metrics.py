@@ -1,0 +1,104 @@
+"""How well predicted experts match the experts that the model chose.
+
+All counts are over (token, distance) pairs; `n` is how many ids are predicted, `top_k` how many the
+model runs. |predicted n ∩ true top_k| / top_k is recall@n; the specification's top-n accuracy
+divides by min(n, top_k) instead, so that a perfect prediction scores 1 at every n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+
+def rank(scores: FloatArray, n: int) -> IntArray:
+    """Ids of the n highest scores along the last axis, best first; [..., num] → [..., n]."""
+    n = min(n, scores.shape[-1])
+    best = np.argpartition(scores, -n, axis=-1)[..., -n:]
+    order = np.argsort(-np.take_along_axis(scores, best, -1), axis=-1, kind="stable")
+    return np.take_along_axis(best, order, -1)
+
+
+def hits(predicted: IntArray, chosen: IntArray) -> npt.NDArray[np.bool_]:
+    """Which of the predicted ids [..., n] are among the chosen ones [..., top_k]: [..., n]."""
+    return (predicted[..., :, None] == chosen[..., None, :]).any(axis=-1)
+
+
+def compute_top_k_accuracy(scores: FloatArray, chosen: IntArray, k: int = 8) -> float:
+    """Mean of |predicted top-k ∩ chosen| / min(k, number chosen).
+
+    Args:
+        scores: [..., num_experts], any scores that rank experts.
+        chosen: [..., top_k], the ids that the model chose.
+        k: how many of the highest scores count as predicted.
+
+    Raises ValueError where the leading shapes differ or k is out of range.
+    """
+    scores, chosen = np.asarray(scores), np.asarray(chosen)
+    if scores.shape[:-1] != chosen.shape[:-1]:
+        raise ValueError(
+            f"[compute_top_k_accuracy] scores {scores.shape} and chosen {chosen.shape} must agree "
+            "in all but the last axis"
+        )
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"[compute_top_k_accuracy] k must be 1 … {scores.shape[-1]}, got {k}")
+    return float(hits(rank(scores, k), chosen).sum(-1).mean() / min(k, chosen.shape[-1]))
+
+
+@dataclass
+class Recall:
+    """Counts hits as batches come, per distance.
+
+    `hit_counts` [lookahead, 2 * top_k]: how often the j-th ranked id was a hit. Fewer experts than
+    that, and the last columns stay 0.
+    """
+
+    lookahead: int
+    top_k: int
+    tokens: int = 0
+    hit_counts: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hit_counts = np.zeros((self.lookahead, 2 * self.top_k))
+
+    def add(self, predicted: IntArray, chosen: IntArray) -> None:
+        """Count a batch: predicted [tokens, lookahead, ≤ 2 top_k], best first, and chosen ids."""
+        found = hits(predicted, chosen)
+        self.hit_counts[:, : found.shape[-1]] += found.sum(axis=0)
+        self.tokens += len(predicted)
+
+    def at(self, n: int) -> list[float]:
+        """recall@n for each distance."""
+        found = self.hit_counts[:, :n].sum(axis=1) / max(1, self.tokens) / self.top_k
+        return [float(x) for x in found]
+
+    def top_n_accuracy(self, n: int) -> list[float]:
+        """The specification's top-n accuracy for each distance."""
+        return [recall * self.top_k / min(n, self.top_k) for recall in self.at(n)]
+
+    def report(self) -> dict[str, list[float]]:
+        """Every metric by name, each a list over the distances."""
+        accuracies = {f"top_{n}_accuracy": self.top_n_accuracy(n) for n in (1, 4, 8)}
+        return {"recall_at_k": self.at(self.top_k), "recall_at_2k": self.at(2 * self.top_k)} | (
+            accuracies
+        )
+
+
+def mean_over_layers(reports: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The mean of each metric per distance, over the layers that have that distance."""
+    reports = list(reports)
+    lookahead = max((len(next(iter(r.values()))) for r in reports), default=0)
+    return {
+        name: [
+            float(np.mean([r[name][d] for r in reports if d < len(r[name])]))
+            for d in range(lookahead)
+        ]
+        for name in (reports[0] if reports else {})
+    }

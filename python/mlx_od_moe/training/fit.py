@@ -1,0 +1,168 @@
+"""Fits one predictor to one layer's samples: the loop, early stopping and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..metrics import Recall, rank
+from .dataset import LayerDataset, Samples
+from .losses import LOSSES
+from .workers import Advance
+
+# Maps (hidden states float32 [n, hidden_size], previous experts) to scores.
+Scorer = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train.
+
+    `patience`: epochs without a better validation recall@k before stopping; `learning_rate`: the
+    peak of a cosine schedule over all epochs, after a tenth of an epoch of warm-up.
+    """
+
+    loss: str = "bce"
+    epochs: int = 20
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"[FitOptions] loss is one of {[*LOSSES]}, not {self.loss!r}")
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"[FitOptions] {name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass
+class FitState:
+    """Where a fit stands after an epoch; everything that the next epoch depends on."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_recall: float = -1.0
+    history: list[float] = field(default_factory=list)
+
+
+def measure(scorer: Scorer, dataset: LayerDataset, top_k: int) -> Recall:
+    """Recall of a scorer over a data set."""
+    recall = Recall(len(dataset.targets), top_k)
+    for samples in dataset.batches(4096):
+        scores = scorer(*inputs(samples))
+        recall.add(rank(np.array(scores.astype(mx.float32)), 2 * top_k), samples.chosen)
+    return recall
+
+
+def inputs(samples: Samples) -> tuple[mx.array, mx.array]:
+    """What a predictor sees of them."""
+    return mx.array(samples.hidden_states).astype(mx.float32), mx.array(samples.previous)
+
+
+def fit(
+    predictor: nn.Module,
+    training: LayerDataset,
+    validation: LayerDataset,
+    options: FitOptions,
+    checkpoint: Path,
+    advance: Advance,
+) -> Recall:
+    """Train `predictor` in place to its best validation epoch; returns the recall there.
+
+    `checkpoint` (.safetensors) is written after every epoch and taken up again where it exists, so
+    that an interrupted run ends with the same weights as an uninterrupted one. `advance` hears of
+    `epochs` times the training samples in all, however early training stops.
+    """
+    steps = math.ceil(len(training) / options.batch_size)
+    warmup = max(1, steps // 10)
+    schedule = optim.join_schedules(
+        [
+            optim.linear_schedule(0.0, options.learning_rate, warmup),
+            optim.cosine_decay(options.learning_rate, max(1, steps * options.epochs - warmup)),
+        ],
+        [warmup],
+    )
+    optimizer = optim.AdamW(schedule, weight_decay=options.weight_decay)
+    optimizer.init(predictor.trainable_parameters())
+    top_k = predictor.config.top_k
+    state, best = _resume(checkpoint, predictor, optimizer)
+    step = _step_function(predictor, optimizer, options)
+    advance(state.epoch * len(training))
+    while not _finished(state, options):
+        order = np.random.default_rng([options.seed, training.layer, state.epoch])
+        for samples in training.batches(options.batch_size, order):
+            step(samples)
+            advance(len(samples))
+        recall = float(np.mean(measure(predictor, validation, top_k).at(top_k)))
+        state.epoch += 1
+        state.history.append(recall)
+        if recall > state.best_recall:
+            state.best_recall, state.best_epoch = recall, state.epoch
+            best = dict(tree_flatten(predictor.trainable_parameters()))
+        _write_checkpoint(checkpoint, predictor, optimizer, state, best)
+    advance((options.epochs - state.epoch) * len(training))
+    predictor.update(tree_unflatten(list(best.items())))
+    return measure(predictor, validation, top_k)
+
+
+def _finished(state: FitState, options: FitOptions) -> bool:
+    return state.epoch >= options.epochs or state.epoch - state.best_epoch >= options.patience
+
+
+def _step_function(
+    predictor: nn.Module, optimizer: Any, options: FitOptions
+) -> Callable[[Samples], None]:
+    loss_of = LOSSES[options.loss]
+
+    def loss(h: mx.array, previous: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
+        return loss_of(predictor(h, previous), chosen, log_probs)
+
+    gradient = nn.value_and_grad(predictor, loss)
+
+    def step(samples: Samples) -> None:
+        log_probs = mx.array(samples.log_probs).astype(mx.float32)
+        _, gradients = gradient(*inputs(samples), mx.array(samples.chosen), log_probs)
+        optimizer.update(predictor, gradients)
+        mx.eval(predictor.trainable_parameters(), optimizer.state)
+
+    return step
+
+
+def _write_checkpoint(
+    path: Path, predictor: nn.Module, optimizer: Any, state: FitState, best: dict[str, mx.array]
+) -> None:
+    tensors = {f"best.{n}": t for n, t in best.items()}
+    tensors |= {f"now.{n}": t for n, t in tree_flatten(predictor.trainable_parameters())}
+    tensors |= {f"optimizer.{n}": t for n, t in tree_flatten(optimizer.state)}
+    partial = path.with_name(f".{path.stem}.partial.safetensors")
+    mx.save_safetensors(str(partial), tensors, {"state": json.dumps(vars(state))})
+    partial.replace(path)
+
+
+def _resume(
+    path: Path, predictor: nn.Module, optimizer: Any
+) -> tuple[FitState, dict[str, mx.array]]:
+    if not path.exists():
+        return FitState(), dict(tree_flatten(predictor.trainable_parameters()))
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    tensors, metadata = loaded
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+
+    predictor.update(tree_unflatten(list(part("now.").items())))
+    optimizer.state = tree_unflatten(list(part("optimizer.").items()))
+    return FitState(**json.loads(metadata["state"])), part("best.")

@@ -1,0 +1,46 @@
+"""Training losses: logits of a predictor against what the target layers did.
+
+Each takes logits [n, lookahead, num_experts], chosen ids [n, lookahead, top_k] and the target
+routers' log probabilities [n, lookahead, num_experts] (empty where unused), and returns a scalar.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+def bce(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
+    """Binary cross-entropy of each expert against "is chosen", mean over experts.
+
+    Written as softplus(z) - y z, with y z summed over the chosen ids: exact for any logit, and no
+    multi-hot target is built.
+    """
+    hits = mx.take_along_axis(logits, chosen, axis=-1).sum()
+    return (_softplus(logits).sum() - hits) / logits.size
+
+
+_softplus: Any = mx.custom_function(lambda z: mx.logaddexp(z, 0.0))
+
+
+@_softplus.vjp  # type: ignore[untyped-decorator]
+def _softplus_vjp(z: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    # The gradient without the value: a training step then never computes the logarithms.
+    return cotangent * mx.sigmoid(z)
+
+
+def kl(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
+    """KL divergence from the router's distribution over experts to the predictor's."""
+    own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return (mx.exp(log_probs) * (log_probs - own)).sum(axis=-1).mean()
+
+
+def softmax(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
+    """Cross-entropy against the uniform distribution over the chosen experts."""
+    own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -mx.take_along_axis(own, chosen, axis=-1).mean()
+
+
+LOSSES: dict[str, Loss] = {"bce": bce, "kl": kl, "softmax": softmax}
