@@ -111,7 +111,7 @@ def collect_expert_usage(
     begun = _begun(out, settings)
     if begun and all(shard_path(out, shard.index).exists() for shard in plan_shards(begun)):
         return open_traces(out)
-    with ModelTraces(model, files, settings) as source:
+    with ModelTraces(model, files, settings) as source, source.fast_matmul():
         if _begun(out, source.collection) is None:
             source.save_routers(out / "routers.safetensors")
             write_collection(out, source.collection)

@@ -16,7 +16,7 @@ import numpy as np
 from ..model_routers import read_routers, save_routers
 from ..moe import find_moe_layers, load_model, record_routing
 from .plan import Shard, decode_shape, prefill_batch
-from .run_model import Batch, ModelRunner, use_float32_if_faster
+from .run_model import Batch, ModelRunner, one_blas_thread, use_float32_if_faster
 from .text_stream import TextFile, TokenStream
 from .traces import DECODE, PREFILL, Arrays, ShardRows
 
@@ -76,6 +76,10 @@ class ModelTraces(AbstractContextManager["ModelTraces"]):
     ) -> None:
         """Take the hooks out of the model."""
         self._hooks.__exit__(kind, error, trace)
+
+    def fast_matmul(self) -> AbstractContextManager[None]:
+        """Choose the BLAS threads that suit the model, while the `with` lasts."""
+        return one_blas_thread(self.collection["hidden_size"])
 
     def save_routers(self, path: Path) -> None:
         """Prove the model's routers on its own text and write them."""
