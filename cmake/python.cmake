@@ -36,3 +36,6 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   target_link_libraries(mlx_od_moe_blas PRIVATE mlx_od_moe_flags)
   install(TARGETS mlx_od_moe_blas LIBRARY DESTINATION mlx_od_moe/lib)
 endif()
+
+# The small model that `mlx-od-moe demo` runs.
+install(DIRECTORY examples/nano-moe DESTINATION mlx_od_moe/examples)

@@ -16,7 +16,7 @@ import numpy as np
 from ..model_routers import read_routers, save_routers
 from ..moe import find_moe_layers, load_model, record_routing
 from .plan import Shard, decode_shape, prefill_batch
-from .run_model import Batch, ModelRunner, one_blas_thread, use_float32_if_faster
+from .run_model import Batch, ModelRunner, new_cache, one_blas_thread, use_float32_if_faster
 from .text_stream import TextFile, TokenStream
 from .traces import DECODE, PREFILL, Arrays, ShardRows
 
@@ -54,8 +54,6 @@ class ModelTraces(AbstractContextManager["ModelTraces"]):
             use_float32_if_faster(self.model)
         self._files = files
         layers = find_moe_layers(self.model)
-        self._hooks = record_routing(self.model)
-        self._runner = ModelRunner(self.model, layers, self._hooks.__enter__())
         bos = getattr(self._tokenizer, "bos_token_id", None)
         self._start = [bos] if bos is not None and self._encode_whole("")[:1] == [bos] else []
         self.collection: dict[str, Any] = {
@@ -65,8 +63,15 @@ class ModelTraces(AbstractContextManager["ModelTraces"]):
             "top_k": max(layer.top_k for layer in layers),
         }
         self._stream = self._new_stream()
-        probe = self._runner.prefill([self._start + self._probe_text()])
-        self.collection["hidden_size"] = probe.states[layers[0].index].shape[-1]
+        self._probe = mx.array([self._start + self._probe_text()])
+        with record_routing(self.model) as recorder:
+            self.model(
+                self._probe, cache=new_cache(self.model)
+            )  # never evaluated: only the shape is wanted
+            self.collection["hidden_size"] = recorder.take()[0].hidden.shape[-1]
+        # Last: what fails before leaves the model as it was.
+        self._hooks = record_routing(self.model)
+        self._runner = ModelRunner(self.model, layers, self._hooks.__enter__())
 
     def __exit__(
         self,
@@ -83,8 +88,7 @@ class ModelTraces(AbstractContextManager["ModelTraces"]):
 
     def save_routers(self, path: Path) -> None:
         """Prove the model's routers on its own text and write them."""
-        tokens = mx.array([self._start + self._probe_text()])
-        save_routers(path, read_routers(self.model, tokens))
+        save_routers(path, read_routers(self.model, self._probe))
 
     def skip(self, shard: Shard) -> None:
         """Pass over the text of a shard that is there already."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from .traces import DECODE, PREFILL
 
-_SHARD_BYTES = 256 << 20  # of hidden states: what bounds memory where states are wide
+_SHARD_BYTES = 1 << 30  # of hidden states: what bounds memory where states are wide
 _DECODE_SEQUENCES = 32
-_MIN_DECODE_LENGTH = 64
+_MIN_DECODE_LENGTH = 128
 _PREFILL_TOKENS = 2048
 _PROMPT_SHARE = 4
 

@@ -49,7 +49,7 @@ class ModelRunner:
         for row, sequence in zip(tokens, sequences, strict=True):
             row[: len(sequence)] = sequence
         recorded = _Recorded(self._recorder, tokens.shape[0])
-        self._model(mx.array(tokens), cache=self._cache())
+        self._model(mx.array(tokens), cache=new_cache(self._model))
         recorded.take()
         return self._batch(tokens, recorded)
 
@@ -64,7 +64,7 @@ class ModelRunner:
 
         `advance` is told the number of tokens after each step.
         """
-        key, cache = mx.random.key(seed), self._cache()
+        key, cache = mx.random.key(seed), new_cache(self._model)
         recorded = _Recorded(self._recorder, len(prompts))
         tokens = [mx.array([list(prompt) for prompt in prompts])]
         advance(tokens[0].size)
@@ -78,11 +78,6 @@ class ModelRunner:
                 mx.eval(sampled, recorded.last)
                 advance(len(prompts))
         return self._batch(np.array(mx.concatenate(tokens, axis=1)), recorded)
-
-    def _cache(self) -> Any:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        return make_prompt_cache(self._model)
 
     def _batch(self, tokens: NDArray[np.int32], recorded: _Recorded) -> Batch:
         if recorded.states.keys() != self._num_experts.keys():
@@ -119,6 +114,13 @@ class _Recorded:
                 array = array.reshape(self._sequences, -1, array.shape[-1])
                 arrays.setdefault(routing.layer, []).append(array)
                 self.last.append(array)
+
+
+def new_cache(model: nn.Module) -> Any:
+    """The model's own empty prompt cache."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return make_prompt_cache(model)
 
 
 def use_float32_if_faster(model: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from tqdm import tqdm
 
 from ..metrics import Recall, mean_over_layers
 from ..model_routers import LayerRouter, load_routers, save_routers
@@ -25,7 +24,7 @@ from ..shadow_model import ExpertPredictor, PredictorConfig
 from .dataset import LayerDataset, split_documents
 from .fit import FitOptions, fit, measure
 from .traces import TraceInfo, open_traces
-from .workers import Advance, run_layers
+from .workers import Advance, progress_bar, run_layers
 
 # {candidate: (term of every distance, whether the previous token's experts are an input)}
 CANDIDATES = {
@@ -107,13 +106,8 @@ def train_shadow_model(
         save_routers(checkpoint / "routers.safetensors", routers)
     settings = info, options, checkpoint, memory_bytes // jobs
     trainer = LayerTrainer(*settings)
-    bar = tqdm(
-        total=sum(trainer.work(layer) for layer in trainable),
-        desc="train",
-        unit=" samples",
-        unit_scale=True,
-        disable=not progress,
-    )
+    work = sum(trainer.work(layer) for layer in trainable)
+    bar = progress_bar(work, "train", "sample", progress)
     reports: dict[int, dict[str, Any]] = {}
     with bar:
         for layer, report in run_layers(_train_layer, settings, trainable, jobs, bar):

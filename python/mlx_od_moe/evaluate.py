@@ -1,0 +1,194 @@
+"""Measures a predictor file against the baselines on recorded traces."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.utils import dequantize_model
+
+from . import baselines
+from .metrics import Recall, mean_over_layers, rank
+from .model_routers import load_routers
+from .predictor_bundle import PredictorBundle
+from .shadow_model import ExpertPredictor
+from .training.dataset import LayerDataset, split_documents
+from .training.fit import Scorer, inputs, measure
+from .training.traces import TraceInfo, open_traces
+from .training.train_shadow import fingerprint
+from .training.workers import Advance, progress_bar, run_layers
+
+METHODS = (
+    "random",
+    "frequency",
+    "previous_token",
+    "gate_lookahead_raw",
+    "gate_lookahead",
+    "linear_probe",
+    "predictor",
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is measured, and what the fitted baselines learn from.
+
+    `documents` None: all of `traces`. `fit_traces` None: nothing to learn from.
+    """
+
+    traces: TraceInfo
+    documents: set[int] | None
+    fit_traces: TraceInfo | None
+    fit_documents: set[int] | None
+
+    def dataset(self, layer: int) -> LayerDataset:
+        """The samples to measure on."""
+        return LayerDataset(self.traces, layer, self.documents)
+
+    def fit_dataset(self, layer: int) -> LayerDataset | None:
+        """The samples to learn from."""
+        if self.fit_traces is None:
+            return None
+        return LayerDataset(self.fit_traces, layer, self.fit_documents)
+
+
+def evaluate(
+    predictor: str | Path,
+    traces: str | Path,
+    fit_traces: str | Path | None = None,
+    *,
+    jobs: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Recall of a bundle file and of every baseline, per layer and distance.
+
+    On the traces that it was trained on, only its validation documents count, and the frequency and
+    linear baselines learn from its training documents. On other traces all documents count, and
+    those two learn from `fit_traces`; without it they are left out.
+
+    Returns {"top_k", "num_experts", "samples", "methods": {name: {"recall_at_k": [d1, d2, …],
+    "recall_at_2k": …, …}}, "layers": {layer: {name: …}}, "control": {layer: recall@k of the layer's
+    own router on its own input}, "margin": the smallest lead over gate lookahead in recall@k}.
+    Raises ValueError where file and traces do not belong together.
+    """
+    bundle, info = PredictorBundle.load(predictor), open_traces(traces)
+    _check(Path(predictor), bundle, info)
+    split = _split(bundle, info, fit_traces)
+    bar = progress_bar(len(bundle), "evaluate", "layer", progress)
+    reports: dict[int, dict[str, Any]] = {}
+    with bar:
+        settings = Path(predictor), split
+        for layer, report in run_layers(_evaluate_layer, settings, list(bundle), jobs, bar):
+            reports[layer] = report
+    reports = dict(sorted(reports.items()))
+    methods = [name for name in METHODS if name in next(iter(reports.values()))["methods"]]
+    return {
+        "top_k": info.top_k,
+        "num_experts": info.num_experts,
+        "samples": len(split.dataset(next(iter(bundle)))),
+        "methods": {
+            name: mean_over_layers([report["methods"][name] for report in reports.values()])
+            for name in methods
+        },
+        "layers": {layer: report["methods"] for layer, report in reports.items()},
+        "control": {layer: r["control"] for layer, r in reports.items() if "control" in r},
+        "margin": _margin(reports),
+    }
+
+
+def _check(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:
+    config = next(iter(bundle.values())).config
+    for name in ("hidden_size", "num_experts", "top_k"):
+        if getattr(config, name) != getattr(info, name):
+            raise ValueError(
+                f"[{path}] is for {name} {getattr(config, name)}, but the traces in {info.path} "
+                f"have {name} {getattr(info, name)}"
+            )
+    if list(info.moe_layers) != bundle.moe_layers:
+        raise ValueError(
+            f"[{path}] is for MoE layers {bundle.moe_layers}, but the traces in {info.path} have "
+            f"{list(info.moe_layers)}"
+        )
+
+
+def _split(bundle: PredictorBundle, info: TraceInfo, fit_traces: str | Path | None) -> Split:
+    trained_on = bundle.training.get("traces")
+
+    def documents(of: TraceInfo) -> tuple[set[int], set[int]]:
+        options = bundle.training["options"]
+        return split_documents(of, options["validation_fraction"], options["fit"]["seed"])
+
+    if fingerprint(info) == trained_on:
+        training, validation = documents(info)
+        return Split(info, validation, info, training)
+    if fit_traces is None:
+        return Split(info, None, None, None)
+    fit_info = open_traces(fit_traces)
+    same = fingerprint(fit_info) == trained_on
+    return Split(info, None, fit_info, documents(fit_info)[0] if same else None)
+
+
+def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance) -> dict[str, Any]:
+    bundle = PredictorBundle.load(predictor)
+    dataset = split.dataset(layer)
+    scorers = _baselines(bundle[layer], split, layer) | {"predictor": _unpacked(bundle[layer])}
+    top_k = split.traces.top_k
+    report = {n: measure(s, dataset, top_k).report() for n, s in scorers.items()}
+    advance(1)
+    result: dict[str, Any] = {"methods": report}
+    routers = load_routers(split.traces.routers)
+    if layer in routers:
+        result["control"] = _own_router(routers[layer].router.scores, dataset, top_k)
+    return result
+
+
+def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str, Scorer]:
+    config, targets = predictor.config, split.dataset(layer).targets
+    routers = load_routers(split.traces.routers)
+    training, counts = split.fit_dataset(layer), None
+    scorers = {"random": baselines.random(config, layer)}
+    if training is not None:
+        counts = baselines.count_experts(config, training)
+        scorers["frequency"] = baselines.frequency(counts)
+        scorers["linear_probe"] = baselines.linear_probe(config, training)
+    scorers["previous_token"] = baselines.previous_token(config, counts)
+    if all(target in routers for target in targets):
+        gate = dataclasses.replace(config, terms=("gate",) * config.lookahead)
+        for name, raw in (("gate_lookahead_raw", True), ("gate_lookahead", False)):
+            scorers[name] = baselines.gate_lookahead(gate, layer, targets, routers, raw)
+    return scorers
+
+
+def _unpacked(predictor: ExpertPredictor) -> ExpertPredictor:
+    """The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU."""
+    for module in (predictor, *predictor.routers):
+        dequantize_model(module)
+    return predictor
+
+
+def _own_router(scores: Any, dataset: LayerDataset, top_k: int) -> float:
+    recall = Recall(1, top_k)
+    for samples in dataset.batches(4096):
+        ids = rank(np.array(scores(inputs(samples)[0])), top_k)
+        recall.add(ids[:, None], samples.routed[:, None])
+    return recall.at(top_k)[0]
+
+
+def _margin(reports: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """Where the predictor leads gate lookahead by least."""
+    leads = [
+        {"lead": own - free, "layer": layer, "distance": d + 1}
+        for layer, report in reports.items()
+        if "gate_lookahead" in (methods := report["methods"])
+        for d, (own, free) in enumerate(
+            zip(
+                methods["predictor"]["recall_at_k"],
+                methods["gate_lookahead"]["recall_at_k"],
+                strict=True,
+            )
+        )
+    ]
+    return min(leads, key=lambda lead: lead["lead"], default=None)

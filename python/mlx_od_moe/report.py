@@ -1,0 +1,66 @@
+"""What `evaluate` found, as a text table and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "random": "random",
+    "frequency": "frequency",
+    "previous_token": "previous token",
+    "gate_lookahead_raw": "gate lookahead, raw",
+    "gate_lookahead": "gate lookahead",
+    "linear_probe": "linear probe",
+    "predictor": "shadow model",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The recall of every method per distance, for a terminal."""
+    k = result["top_k"]
+    distances = len(result["methods"]["predictor"]["recall_at_k"])
+    heads = "".join(f"{f'd{d + 1}':>7}" for d in range(distances))
+    rows = [
+        f"{'':22}{f'recall@{k}':<{7 * distances}}  recall@{2 * k}",
+        f"{'layers ahead':22}{heads}  {heads}",
+    ]
+    for name, metrics in result["methods"].items():
+        cells = ["".join(f"{x:7.3f}" for x in metrics[f"recall_at_{n}"]) for n in ("k", "2k")]
+        rows.append(f"{LABELS[name]:22}{'  '.join(cells)}")
+    control, margin = result["control"].values(), result["margin"]
+    rows.append(f"\n{result['samples']:,} tokens, mean over {len(result['layers'])} layers, ")
+    rows[-1] += f"the model's top {k} of {result['num_experts']} experts."
+    if control:
+        rows.append(f"Control, each router on its own input, as recorded: {min(control):.4f} of 1.")
+    if margin:
+        where = f"(layer {margin['layer']}, d{margin['distance']})"
+        verb = "leads" if margin["lead"] > 0 else "does NOT lead"
+        lead = f"{margin['lead']:+.3f}"
+        rows.append(f"The shadow model {verb} gate lookahead everywhere: {lead} at least {where}.")
+    return "\n".join(rows)
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Recall against distance as a PNG; needs matplotlib (the extra `plot`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'mlx-od-moe[plot]'") from error
+    k = result["top_k"]
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name, n in zip(axes, ("recall_at_k", "recall_at_2k"), (k, 2 * k), strict=True):
+        for method, metrics in result["methods"].items():
+            ours = method == "predictor"
+            distances = range(1, len(metrics[name]) + 1)
+            style = {"linewidth": 3, "marker": "o"} if ours else {"linewidth": 1.4, "marker": "."}
+            axis.plot(distances, metrics[name], label=LABELS[method], **style)
+        axis.set_title(f"recall@{n}: share of the {k} chosen experts among the {n} predicted")
+        axis.title.set_fontsize(10)
+        axis.set_xlabel("MoE layers ahead")
+        axis.set_xticks(list(distances))
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[1].legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=110)
