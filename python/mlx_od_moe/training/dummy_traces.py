@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from .plan import Shard
 from .traces import Arrays
 
-LATENT_SIZE = 24
-STATE_NOISE = 0.5
-SCORE_NOISE = 0.05
+# An MLP 4096-1024-4x384 learns 0.89 of the top 8 from 4,000 samples in 15 epochs: most, not all.
+LATENT_SIZE = 5
+STATE_NOISE = 0.1
+SCORE_NOISE = 0.01
 _DOCUMENTS = 50
 _VOCABULARY = 32_000
 
