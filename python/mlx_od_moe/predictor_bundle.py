@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .predictor_file import Quantization, named, read_tensors, restore, write_tensors
+from .predictor_file import Quantization, described_by, named, read_tensors, restore, write_tensors
 from .router import Router, RouterConfig
 from .shadow_model import ExpertPredictor, PredictorConfig
 
@@ -106,18 +106,19 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
     def load(cls, path: str | Path) -> PredictorBundle:
         """Read a file that `save` wrote: every parameter comes back bit for bit."""
         tensors, metadata = read_tensors(path, kind="bundle")
-        moe_layers = metadata["moe_layers"]
-        quantization = metadata["quantization"] and Quantization(**metadata["quantization"])
-        routers = {}
-        for target, options in metadata["routers"].items():
-            routers[int(target)] = router = Router(RouterConfig(**options))
-            restore(router, tensors, f"routers.{target}.", quantization, path)
-        predictors = {}
-        for name, options in metadata["layers"].items():
-            layer, config = int(name), PredictorConfig(**options)
-            ahead = moe_layers[moe_layers.index(layer) + 1 :][: config.lookahead]
-            predictors[layer] = ExpertPredictor(
-                config, [routers[target] for target in ahead] if config.has_gate else []
-            )
-            restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
-        return cls(moe_layers, predictors, metadata["training"])
+        with described_by(path):
+            moe_layers = metadata["moe_layers"]
+            quantization = metadata["quantization"] and Quantization(**metadata["quantization"])
+            routers = {}
+            for target, options in metadata["routers"].items():
+                routers[int(target)] = router = Router(RouterConfig(**options))
+                restore(router, tensors, f"routers.{target}.", quantization, path)
+            predictors = {}
+            for name, options in metadata["layers"].items():
+                layer, config = int(name), PredictorConfig(**options)
+                ahead = moe_layers[moe_layers.index(layer) + 1 :][: config.lookahead]
+                predictors[layer] = ExpertPredictor(
+                    config, [routers[target] for target in ahead] if config.has_gate else []
+                )
+                restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
+            return cls(moe_layers, predictors, metadata["training"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,4 +113,19 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, mx.array], dict
             raise ValueError(
                 f"[{path}] not a {kind} of this release: its metadata must say {key}={value!r}"
             )
-    return tensors, {key: json.loads(value) for key, value in header.items()}
+    with described_by(path):
+        return tensors, {key: json.loads(value) for key, value in header.items()}
+
+
+@contextmanager
+def described_by(path: str | Path) -> Iterator[None]:
+    """What goes wrong inside, in building what the metadata says, becomes an error that names it.
+
+    Raises ValueError naming the file.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if str(error).startswith(f"[{path}]"):
+            raise
+        raise ValueError(f"[{path}] its metadata describes no predictor: {error!r}") from error

@@ -11,7 +11,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .predictor_file import Quantization, named, quantize, read_tensors, restore, write_tensors
+from .predictor_file import (
+    Quantization,
+    described_by,
+    named,
+    quantize,
+    read_tensors,
+    restore,
+    write_tensors,
+)
 from .router import Router, RouterConfig
 
 TERMS = ("mlp", "mlp+gate", "gate")
@@ -161,12 +169,17 @@ class ExpertPredictor(nn.Module):
     def predict(
         self, h: mx.array, k: int | None = None, previous: mx.array | None = None
     ) -> mx.array:
-        """Expert ids [..., lookahead, k] (uint32), best first. Default k: the model's top_k."""
+        """Expert ids [..., lookahead, k] (uint32), best first. Default k: the model's top_k.
+
+        Raises ValueError for k out of range, and for NaN or infinity in `h`, which it evaluates.
+        """
         k = self.config.top_k if k is None else k
         if not 1 <= k <= self.config.num_experts:
             raise ValueError(
                 f"[ExpertPredictor] k must be 1 … num_experts ({self.config.num_experts}), got {k}"
             )
+        if not mx.isfinite(h).all().item():
+            raise ValueError("[ExpertPredictor] the hidden state holds NaN or infinity")
         return top_k_ids(self(h, previous), k)
 
     def quantized(
@@ -203,13 +216,14 @@ class ExpertPredictor(nn.Module):
     def load(cls, path: str | Path) -> ExpertPredictor:
         """Read a file that `save` wrote: every parameter comes back bit for bit."""
         tensors, metadata = read_tensors(path, kind="predictor")
-        routers = [Router(RouterConfig(**options)) for options in metadata["routers"]]
-        quantization = metadata["quantization"] and Quantization(**metadata["quantization"])
-        for d, router in enumerate(routers):
-            restore(router, tensors, f"routers.{d}.", quantization, path)
-        predictor = cls(PredictorConfig(**metadata["config"]), routers)
-        restore(predictor, tensors, "predictor.", quantization, path)
-        return predictor
+        with described_by(path):
+            routers = [Router(RouterConfig(**options)) for options in metadata["routers"]]
+            quantization = metadata["quantization"] and Quantization(**metadata["quantization"])
+            for d, router in enumerate(routers):
+                restore(router, tensors, f"routers.{d}.", quantization, path)
+            predictor = cls(PredictorConfig(**metadata["config"]), routers)
+            restore(predictor, tensors, "predictor.", quantization, path)
+            return predictor
 
 
 def top_k_ids(logits: mx.array, k: int) -> mx.array:
