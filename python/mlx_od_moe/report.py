@@ -48,13 +48,17 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'mlx-od-moe[plot]'") from error
     k = result["top_k"]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, n in zip(axes, ("recall_at_k", "recall_at_2k"), (k, 2 * k), strict=True):
         for method, metrics in result["methods"].items():
             ours = method == "predictor"
             distances = range(1, len(metrics[name]) + 1)
-            style = {"linewidth": 3, "marker": "o"} if ours else {"linewidth": 1.4, "marker": "."}
+            style = (
+                {"lw": 3, "marker": "o", "color": "black"} if ours else {"lw": 1.5, "marker": "."}
+            )
+            if method == "gate_lookahead_raw":
+                style["linestyle"] = ":"
             axis.plot(distances, metrics[name], label=LABELS[method], **style)
         axis.set_title(f"recall@{n}: share of the {k} chosen experts among the {n} predicted")
         axis.title.set_fontsize(10)
@@ -62,5 +66,6 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         axis.set_xticks(list(distances))
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="lower left", fontsize=8)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=110)
