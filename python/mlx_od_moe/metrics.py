@@ -2,7 +2,8 @@
 
 All counts are over (token, distance) pairs; `n` is how many ids are predicted, `top_k` how many the
 model runs. |predicted n ∩ true top_k| / top_k is recall@n; the specification's top-n accuracy
-divides by min(n, top_k) instead, so that a perfect prediction scores 1 at every n.
+divides by min(n, top_k) instead, so that a perfect prediction scores 1 at every n. Chosen ids of -1
+are absent: neither hits nor misses.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
+
+ACCURACIES = (1, 4, 8)  # the n of the top-n accuracies in a report
 
 
 def rank(scores: FloatArray, n: int) -> IntArray:
@@ -32,7 +35,7 @@ def hits(predicted: IntArray, chosen: IntArray) -> npt.NDArray[np.bool_]:
 
 
 def compute_top_k_accuracy(scores: FloatArray, chosen: IntArray, k: int = 8) -> float:
-    """Mean of |predicted top-k ∩ chosen| / min(k, number chosen).
+    """|predicted top-k ∩ chosen| / min(k, number chosen), over all tokens.
 
     Args:
         scores: [..., num_experts], any scores that rank experts.
@@ -49,43 +52,58 @@ def compute_top_k_accuracy(scores: FloatArray, chosen: IntArray, k: int = 8) -> 
         )
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"[compute_top_k_accuracy] k must be 1 … {scores.shape[-1]}, got {k}")
-    return float(hits(rank(scores, k), chosen).sum(-1).mean() / min(k, chosen.shape[-1]))
+    possible = np.minimum(k, (chosen >= 0).sum(-1)).sum()
+    return float(hits(rank(scores, k), chosen).sum() / max(1, possible))
 
 
 @dataclass
 class Recall:
     """Counts hits as batches come, per distance.
 
-    `hit_counts` [lookahead, 2 * top_k]: how often the j-th ranked id was a hit. Fewer experts than
-    that, and the last columns stay 0.
+    `hit_counts` [lookahead, ranks]: how often the j-th ranked id was a hit. Fewer experts than
+    that, and the last columns stay 0. `chosen_counts` [lookahead, top_k]: how many tokens have more
+    than j chosen experts.
     """
 
     lookahead: int
     top_k: int
     tokens: int = 0
     hit_counts: FloatArray = field(init=False)
+    chosen_counts: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hit_counts = np.zeros((self.lookahead, 2 * self.top_k))
+        self.hit_counts = np.zeros((self.lookahead, self.ranks))
+        self.chosen_counts = np.zeros((self.lookahead, self.top_k))
+
+    @property
+    def ranks(self) -> int:
+        """How many predicted ids the report looks at."""
+        return max(2 * self.top_k, *ACCURACIES)
 
     def add(self, predicted: IntArray, chosen: IntArray) -> None:
-        """Count a batch: predicted [tokens, lookahead, ≤ 2 top_k], best first, and chosen ids."""
+        """Count a batch: predicted [tokens, lookahead, ≤ ranks], best first, and chosen ids."""
         found = hits(predicted, chosen)
         self.hit_counts[:, : found.shape[-1]] += found.sum(axis=0)
+        number = (chosen >= 0).sum(axis=-1, keepdims=True)
+        self.chosen_counts += (number > np.arange(self.top_k)).sum(axis=0)
         self.tokens += len(predicted)
 
     def at(self, n: int) -> list[float]:
         """recall@n for each distance."""
-        found = self.hit_counts[:, :n].sum(axis=1) / max(1, self.tokens) / self.top_k
-        return [float(x) for x in found]
+        return self._share(n, self.top_k)
 
     def top_n_accuracy(self, n: int) -> list[float]:
         """The specification's top-n accuracy for each distance."""
-        return [recall * self.top_k / min(n, self.top_k) for recall in self.at(n)]
+        return self._share(n, n)
+
+    def _share(self, predicted: int, chosen: int) -> list[float]:
+        possible = self.chosen_counts[:, :chosen].sum(axis=1)
+        found = self.hit_counts[:, :predicted].sum(axis=1) / np.maximum(1, possible)
+        return [float(x) for x in found]
 
     def report(self) -> dict[str, list[float]]:
         """Every metric by name, each a list over the distances."""
-        accuracies = {f"top_{n}_accuracy": self.top_n_accuracy(n) for n in (1, 4, 8)}
+        accuracies = {f"top_{n}_accuracy": self.top_n_accuracy(n) for n in ACCURACIES}
         return {"recall_at_k": self.at(self.top_k), "recall_at_2k": self.at(2 * self.top_k)} | (
             accuracies
         )

@@ -63,7 +63,7 @@ def measure(scorer: Scorer, dataset: LayerDataset, top_k: int) -> Recall:
     recall = Recall(len(dataset.targets), top_k)
     for samples in dataset.batches(4096):
         scores = scorer(*inputs(samples))
-        recall.add(rank(np.array(scores.astype(mx.float32)), 2 * top_k), samples.chosen)
+        recall.add(rank(np.array(scores.astype(mx.float32)), recall.ranks), samples.chosen)
     return recall
 
 

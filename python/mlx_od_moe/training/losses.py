@@ -1,7 +1,8 @@
 """Training losses: logits of a predictor against what the target layers did.
 
-Each takes logits [n, lookahead, num_experts], chosen ids [n, lookahead, top_k] and the target
-routers' log probabilities [n, lookahead, num_experts] (empty where unused), and returns a scalar.
+Each takes logits [n, lookahead, num_experts], chosen ids [n, lookahead, top_k] (-1 where there is
+none) and the target routers' log probabilities [n, lookahead, num_experts] (empty where unused),
+and returns a scalar.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,13 @@ def bce(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
     Written as softplus(z) - y z, with y z summed over the chosen ids: exact for any logit, and no
     multi-hot target is built.
     """
-    hits = mx.take_along_axis(logits, chosen, axis=-1).sum()
-    return (_softplus(logits).sum() - hits) / logits.size
+    return (_softplus(logits).sum() - _of_chosen(logits, chosen).sum()) / logits.size
+
+
+def _of_chosen(values: mx.array, chosen: mx.array) -> mx.array:
+    """The values of the chosen ids, 0 where there is none."""
+    taken = mx.take_along_axis(values, mx.maximum(chosen, 0), axis=-1)
+    return mx.where(chosen < 0, 0.0, taken)
 
 
 _softplus: Any = mx.custom_function(lambda z: mx.logaddexp(z, 0.0))
@@ -40,7 +46,7 @@ def kl(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
 def softmax(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
     """Cross-entropy against the uniform distribution over the chosen experts."""
     own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -mx.take_along_axis(own, chosen, axis=-1).mean()
+    return -_of_chosen(own, chosen).sum() / mx.maximum(1, (chosen >= 0).sum())
 
 
 LOSSES: dict[str, Loss] = {"bce": bce, "kl": kl, "softmax": softmax}
