@@ -6,9 +6,13 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model_routers import LayerRouter
 
 INTERRUPTED = 130
 
@@ -130,12 +134,7 @@ def _train(options: argparse.Namespace) -> None:
         validation_fraction=options.validation_fraction,
         fit=FitOptions(**{name: getattr(options, name) for name in names}),
     )
-    routers = None
-    if options.model:
-        from .model_routers import read_routers
-        from .moe import load_model
-
-        routers = read_routers(load_model(options.model)[0])
+    routers = options.model and _routers(options.model)
     bundle = train_shadow_model(
         options.traces,
         options.out,
@@ -156,7 +155,7 @@ def _evaluate_flags(flag: Any) -> None:
     flag("--predictor", required=True, help="file that train wrote")
     flag("--traces", required=True, help="directory that collect wrote")
     flag("--fit-traces", help="training traces, for the baselines that learn, if others")
-    flag("--model", help="accepted for symmetry: routers come with the traces")
+    flag("--model", help="read the routers from this model instead of from the traces")
     flag("--plot", help="write a PNG of the recall per distance")
     flag("--jobs", type=int, default=None, help="layers at once; default: by machine")
     flag("--json", help="also write the result to this file")
@@ -164,11 +163,20 @@ def _evaluate_flags(flag: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluate import evaluate
+    from .model_routers import save_routers
     from .report import plot, table
 
-    result = evaluate(
-        options.predictor, options.traces, options.fit_traces, jobs=options.jobs or default_jobs()
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        routers = Path(directory) / "routers.safetensors" if options.model else None
+        if routers:
+            save_routers(routers, _routers(options.model))
+        result = evaluate(
+            options.predictor,
+            options.traces,
+            options.fit_traces,
+            routers=routers,
+            jobs=options.jobs or default_jobs(),
+        )
     _write_json(options.json, result)
     if options.plot:
         plot(result, options.plot)
@@ -193,6 +201,13 @@ def default_jobs() -> int:
 
     cores = os.cpu_count() or 1
     return 1 if mx.default_device() == mx.gpu else min(cores, max(2, cores // 2))
+
+
+def _routers(model: str) -> dict[int, LayerRouter]:
+    from .model_routers import read_routers
+    from .moe import load_model
+
+    return read_routers(load_model(model)[0])
 
 
 def _write_json(path: str | None, value: Any) -> None:

@@ -40,6 +40,7 @@ class Split:
     """
 
     traces: TraceInfo
+    routers: Path
     documents: set[int] | None
     fit_traces: TraceInfo | None
     fit_documents: set[int] | None
@@ -60,6 +61,7 @@ def evaluate(
     traces: str | Path,
     fit_traces: str | Path | None = None,
     *,
+    routers: str | Path | None = None,
     jobs: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def evaluate(
 
     On the traces that it was trained on, only its validation documents count, and the frequency and
     linear baselines learn from its training documents. On other traces all documents count, and
-    those two learn from `fit_traces`; without it they are left out.
+    those two learn from `fit_traces`; without it they are left out. `routers`: a file that
+    `save_routers` wrote, in place of the traces' own.
 
     Returns {"top_k", "num_experts", "samples", "methods": {name: {"recall_at_k": [d1, d2, …],
     "recall_at_2k": …, …}}, "layers": {layer: {name: …}}, "control": {layer: recall@k of the layer's
@@ -76,7 +79,7 @@ def evaluate(
     """
     bundle, info = PredictorBundle.load(predictor), open_traces(traces)
     _check(Path(predictor), bundle, info)
-    split = _split(bundle, info, fit_traces)
+    split = _split(bundle, info, fit_traces, Path(routers or info.routers))
     bar = progress_bar(len(bundle), "evaluate", "layer", progress)
     reports: dict[int, dict[str, Any]] = {}
     with bar:
@@ -114,7 +117,9 @@ def _check(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:
         )
 
 
-def _split(bundle: PredictorBundle, info: TraceInfo, fit_traces: str | Path | None) -> Split:
+def _split(
+    bundle: PredictorBundle, info: TraceInfo, fit_traces: str | Path | None, routers: Path
+) -> Split:
     trained_on = bundle.training.get("traces")
 
     def documents(of: TraceInfo) -> tuple[set[int], set[int]]:
@@ -123,12 +128,12 @@ def _split(bundle: PredictorBundle, info: TraceInfo, fit_traces: str | Path | No
 
     if fingerprint(info) == trained_on:
         training, validation = documents(info)
-        return Split(info, validation, info, training)
+        return Split(info, routers, validation, info, training)
     if fit_traces is None:
-        return Split(info, None, None, None)
+        return Split(info, routers, None, None, None)
     fit_info = open_traces(fit_traces)
     same = fingerprint(fit_info) == trained_on
-    return Split(info, None, fit_info, documents(fit_info)[0] if same else None)
+    return Split(info, routers, None, fit_info, documents(fit_info)[0] if same else None)
 
 
 def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance)
     report = {n: measure(s, dataset, top_k).report() for n, s in scorers.items()}
     advance(1)
     result: dict[str, Any] = {"methods": report}
-    routers = load_routers(split.traces.routers)
+    routers = load_routers(split.routers)
     if layer in routers:
         result["control"] = _own_router(routers[layer].router.scores, dataset, top_k)
     return result
@@ -147,7 +152,7 @@ def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance)
 
 def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str, Scorer]:
     config, targets = predictor.config, split.dataset(layer).targets
-    routers = load_routers(split.traces.routers)
+    routers = load_routers(split.routers)
     training, counts = split.fit_dataset(layer), None
     scorers = {"random": baselines.random(config, layer)}
     if training is not None:

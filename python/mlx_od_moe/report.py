@@ -52,12 +52,11 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, n in zip(axes, ("recall_at_k", "recall_at_2k"), (k, 2 * k), strict=True):
         for method, metrics in result["methods"].items():
-            ours = method == "predictor"
             distances = range(1, len(metrics[name]) + 1)
-            style = (
-                {"lw": 3, "marker": "o", "color": "black"} if ours else {"lw": 1.5, "marker": "."}
-            )
-            if method == "gate_lookahead_raw":
+            style: dict[str, Any] = {"lw": 1.5, "marker": "."}
+            if method == "predictor":
+                style = {"lw": 3, "marker": "o", "color": "black"}
+            elif method == "gate_lookahead_raw":
                 style["linestyle"] = ":"
             axis.plot(distances, metrics[name], label=LABELS[method], **style)
         axis.set_title(f"recall@{n}: share of the {k} chosen experts among the {n} predicted")
