@@ -60,7 +60,7 @@ def test_foreign_and_truncated_traces_are_named(tmp_path: Path) -> None:
 def test_dummy_choices_follow_from_the_state_and_not_from_frequency(tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "num_experts": 64, "samples": 3000, "num_layers": 2}
     info = collect_expert_usage(out=tmp_path / "a", progress=False, **shape)
-    assert info.moe_layers == (0, 1)
+    assert info.recorded_layers == (0, 1)
     assert not info.routers.exists()
     rows = load(info.path)
     assert len(np.unique(rows["document"])) == 50

@@ -100,7 +100,8 @@ def collect_expert_usage(
     if model is None:
         settings |= {"model": "dummy", "mode": "dummy", "tokens": samples, "texts": []}
         settings |= {"hidden_size": hidden_size, "num_experts": num_experts, "top_k": top_k}
-        settings |= {"moe_layers": list(range(num_layers))}
+        settings |= {"moe_layers": list(range(num_layers + lookahead))}
+        settings |= {"recorded_layers": list(range(num_layers))}
         _check_settings(settings)
         if _begun(out, settings) is None:
             write_collection(out, settings)
@@ -129,7 +130,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value is not None and value < 1:
             raise ValueError(f"[collect] {name} must be at least 1, but is {value}")
-    if "moe_layers" in settings and not settings["moe_layers"]:
+    if "recorded_layers" in settings and not settings["recorded_layers"]:
         raise ValueError("[collect] num_layers must be at least 1, but is 0")
     if settings.get("top_k", 0) > settings.get("num_experts", 0):
         raise ValueError(

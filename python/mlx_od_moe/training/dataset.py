@@ -1,7 +1,7 @@
 """Recorded traces as training and evaluation samples of one MoE layer.
 
 Nothing needs the whole data set in memory: shards are read in groups that fit `memory_bytes`. What
-comes, and in which order, depends only on the traces and the seed.
+comes depends only on the traces; in which order, on the seed and on `memory_bytes` too.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class LayerDataset:
         routers: Mapping[int, LayerRouter] | None = None,
         memory_bytes: int = 1 << 30,
     ):
-        if layer not in traces.moe_layers:
+        if layer not in traces.recorded_layers:
             raise ValueError(
-                f"[{traces.path}] layer {layer} is not a MoE layer of it: {traces.moe_layers}"
+                f"[{traces.path}] has no states of layer {layer}, only of {traces.recorded_layers}"
             )
         after = traces.moe_layers[traces.moe_layers.index(layer) + 1 :]
         self.traces, self.layer = traces, layer
@@ -125,11 +125,9 @@ class LayerDataset:
         return _concatenate(parts)
 
     def groups(self, rng: np.random.Generator | None = None) -> Iterator[Samples]:
-        """All samples once, in groups that fit the memory: shuffled by `rng`, else in order."""
+        """All samples once, in groups that fit the memory, of shards that `rng` puts in order."""
         if self._whole is not None:
-            yield (
-                self._whole if rng is None else self._whole.take(rng.permutation(len(self._whole)))
-            )
+            yield self._whole
             return
         order = self.traces.shards
         if rng is not None:
@@ -138,19 +136,20 @@ class LayerDataset:
         for path in order:
             parts.append(self._read(path))
             if sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes:
-                yield self._shuffled(parts, rng)
+                yield _concatenate(parts)
                 parts = []
         if parts:
-            yield self._shuffled(parts, rng)
-
-    def _shuffled(self, parts: list[Samples], rng: np.random.Generator | None) -> Samples:
-        group = _concatenate(parts)
-        return group if rng is None else group.take(rng.permutation(len(group)))
+            yield _concatenate(parts)
 
     def batches(self, batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Samples]:
-        """All samples once, in batches."""
+        """All samples once, in batches; each group of them shuffled by `rng`."""
         for group in self.groups(rng):
-            yield from group.batches(batch_size)
+            if rng is None:
+                yield from group.batches(batch_size)
+                continue
+            order = rng.permutation(len(group))
+            for i in range(0, len(group), batch_size):
+                yield group.take(order[i : i + batch_size])
 
     def _read(self, shard: Path) -> Samples:
         ahead = len(self.targets)
@@ -159,7 +158,7 @@ class LayerDataset:
         previous = np.full_like(chosen, -1)
         follows = np.flatnonzero(position[1:] > 0) + 1
         previous[follows] = chosen[follows - 1]
-        states = read_array(shard, f"hidden_states_{self.layer}")
+        states = _read_states(shard, self.layer)
         routed = read_array(shard, f"routed_experts_{self.layer}")
         samples = Samples(states, chosen, previous, routed, self._log_probs(shard, len(states)))
         if self._documents is None:
@@ -171,7 +170,7 @@ class LayerDataset:
             return np.empty((rows, 0, 0), np.float16)
         parts = []
         for target in self.targets:
-            states = mx.array(read_array(shard, f"hidden_states_{target}")).astype(mx.float32)
+            states = mx.array(_read_states(shard, target)).astype(mx.float32)
             log_probs = self._routers[target].router.log_probs(states)
             parts.append(np.array(log_probs.astype(mx.float16)))
         return np.stack(parts, axis=1)
@@ -185,6 +184,13 @@ def read_array(shard: Path, name: str) -> Array:
             return array
     except Exception as error:
         raise ValueError(f"[{shard}] {name} cannot be read: {error}") from error
+
+
+def _read_states(shard: Path, layer: int) -> Array:
+    states = read_array(shard, f"hidden_states_{layer}")
+    if not np.isfinite(states).all():
+        raise ValueError(f"[{shard}] hidden_states_{layer} hold NaN or infinity")
+    return states
 
 
 def _concatenate(parts: list[Samples]) -> Samples:

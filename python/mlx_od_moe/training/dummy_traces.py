@@ -32,7 +32,7 @@ class DummyTraces:
         """Draw the projections from the collection's seed."""
         self.collection = collection
         rng = np.random.default_rng([collection["seed"], 0])
-        layers = len(collection["moe_layers"])
+        layers = len(collection["recorded_layers"])
         hidden, experts = collection["hidden_size"], collection["num_experts"]
         self._project = _normal(rng, layers, LATENT_SIZE, hidden) / np.float32(LATENT_SIZE**0.5)
         self._score = _normal(rng, layers + collection["lookahead"], LATENT_SIZE, experts)
@@ -58,7 +58,7 @@ class DummyTraces:
             "position": position.astype(np.int32),
             "phase": np.full(n, shard.phase, np.uint8),
         }
-        for i, layer in enumerate(collection["moe_layers"]):
+        for i, layer in enumerate(collection["recorded_layers"]):
             state = latent @ self._project[i]
             state += STATE_NOISE * _normal(rng, *state.shape)
             arrays[f"hidden_states_{layer}"] = state.astype(np.float16)

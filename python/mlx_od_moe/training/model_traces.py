@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,16 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .._blas import one_blas_thread
 from ..model_routers import read_routers, save_routers
 from ..moe import find_moe_layers, load_model, record_routing
 from .plan import Shard, decode_shape, prefill_batch
-from .run_model import Batch, ModelRunner, new_cache, one_blas_thread, use_float32_if_faster
+from .run_model import Batch, ModelRunner, new_cache, use_float32_if_faster
 from .text_stream import TextFile, TokenStream
 from .traces import DECODE, PREFILL, Arrays, ShardRows
 
 Model = str | Path | tuple[nn.Module, Any]
 
 _PROBE_TOKENS = 128
+_NARROW = 1024  # products of hidden sizes up to this gain nothing from BLAS threads
 _Sequences = list[tuple[int, list[int]]]
 
 
@@ -84,7 +86,8 @@ class ModelTraces(AbstractContextManager["ModelTraces"]):
 
     def fast_matmul(self) -> AbstractContextManager[None]:
         """Choose the BLAS threads that suit the model, while the `with` lasts."""
-        return one_blas_thread(self.collection["hidden_size"])
+        narrow = self.collection["hidden_size"] <= _NARROW
+        return one_blas_thread() if narrow else nullcontext()
 
     def save_routers(self, path: Path) -> None:
         """Prove the model's routers on its own text and write them."""

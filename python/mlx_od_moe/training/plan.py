@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .traces import DECODE, PREFILL
+from .traces import DECODE, PREFILL, recorded_layers
 
 _SHARD_BYTES = 1 << 30  # of hidden states: what bounds memory where states are wide
 _DECODE_SEQUENCES = 32
@@ -30,7 +30,7 @@ class Shard:
 
 def plan_shards(collection: Mapping[str, Any]) -> list[Shard]:
     """The shards of a collection, prefill and decode in turn where it has both."""
-    row_bytes = 2 * collection["hidden_size"] * len(collection["moe_layers"])
+    row_bytes = 2 * collection["hidden_size"] * len(recorded_layers(collection))
     most = max(1, min(collection["shard_tokens"], _SHARD_BYTES // row_bytes))
     tokens, mode = collection["tokens"], collection["mode"]
     decode = {"both": tokens // 2, "decode": tokens}.get(mode, 0)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import FAST_BLAS
 from ..moe import MoELayer, RoutingRecorder
-
-_NARROW = 1024  # hidden sizes up to this gain nothing from BLAS threads
 
 
 @dataclass(frozen=True)
@@ -141,26 +135,6 @@ def use_float32_if_faster(model: nn.Module) -> bool:
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return True
-
-
-@contextmanager
-def one_blas_thread(hidden_size: int) -> Iterator[None]:
-    """Let OpenBLAS use one thread while a narrow model runs, where it stands in for MLX's own BLAS.
-
-    Threads gain nothing in its small products, and their spinning costs up to a factor of 8 when
-    another process wants the cores.
-    """
-    spec = find_spec("scipy_openblas32")
-    if not FAST_BLAS or hidden_size > _NARROW or spec is None or not spec.origin:
-        yield
-        return
-    blas = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libscipy_openblas.so"))
-    threads = blas.scipy_openblas_get_num_threads()
-    blas.scipy_openblas_set_num_threads(1)
-    try:
-        yield
-    finally:
-        blas.scipy_openblas_set_num_threads(threads)
 
 
 def _available_bytes() -> int:

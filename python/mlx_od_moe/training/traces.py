@@ -38,6 +38,7 @@ class TraceInfo:
     path: Path
     model: str
     moe_layers: tuple[int, ...]
+    recorded_layers: tuple[int, ...]
     hidden_size: int
     num_experts: int
     top_k: int
@@ -53,6 +54,11 @@ class TraceInfo:
     def routers(self) -> Path:
         """Where the routers lie; dummy traces, and models whose routers are unknown, have none."""
         return self.path / "routers.safetensors"
+
+
+def recorded_layers(collection: Mapping[str, Any]) -> list[int]:
+    """The MoE layers whose states are recorded: all of a model's, the first of dummy traces."""
+    return list(collection.get("recorded_layers", collection["moe_layers"]))
 
 
 def shard_path(directory: Path, index: int) -> Path:
@@ -109,6 +115,7 @@ def open_traces(path: str | Path) -> TraceInfo:
     return TraceInfo(
         path=directory,
         moe_layers=moe_layers,
+        recorded_layers=tuple(recorded_layers(collection)),
         samples=sum(samples),
         shards=tuple(shards),
         shard_samples=samples,
@@ -144,7 +151,7 @@ def _expected(collection: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...],
     """{array: (shape after the first axis, dtype)} of a shard."""
     top_k = collection["top_k"]
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
-    for layer in collection["moe_layers"]:
+    for layer in recorded_layers(collection):
         expected[f"hidden_states_{layer}"] = ((collection["hidden_size"],), "<f2")
         expected[f"routed_experts_{layer}"] = ((top_k,), "<i2")
         expected[f"expert_choices_{layer}"] = ((collection["lookahead"], top_k), "<i2")

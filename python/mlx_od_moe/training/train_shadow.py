@@ -98,7 +98,12 @@ def train_shadow_model(
     """
     options = options or TrainingOptions()
     info, out = open_traces(traces), Path(out)
-    trainable = [layer for layer in info.moe_layers[:-1] if layers is None or layer in set(layers)]
+    last = info.moe_layers[-1]
+    trainable = [
+        layer
+        for layer in info.recorded_layers
+        if layer != last and (layers is None or layer in set(layers))
+    ]
     if not trainable:
         raise ValueError(f"[{info.path}] none of the layers asked for has a MoE layer after it")
     checkpoint = _open_checkpoint(out, options, info)

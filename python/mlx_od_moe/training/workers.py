@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from .._blas import set_blas_threads
+
 Result = TypeVar("Result")
 # Called with a number of samples done since the last call.
 Advance = Callable[[int], None]
@@ -66,6 +68,7 @@ def run_layers(
 def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
+    set_blas_threads(1)  # the layers share the cores already
     # Ctrl-C reaches every process: the parent speaks for all, and checkpoints are written whole.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
