@@ -20,9 +20,10 @@ target_include_directories(_ext PRIVATE cpp)
 # Their headers do not pass our warnings: named as system headers they need not.
 target_include_directories(_ext SYSTEM PRIVATE
   ${NB_DIR}/include $<TARGET_PROPERTY:mlx,INTERFACE_INCLUDE_DIRECTORIES>)
-target_link_libraries(_ext PRIVATE mlx mlx_od_moe_flags)
+target_link_libraries(_ext PRIVATE mlx mlx_od_moe_core mlx_od_moe_flags)
 set_target_properties(_ext PROPERTIES INSTALL_RPATH "${ORIGIN}/lib;${ORIGIN}/../mlx/lib")
 install(TARGETS _ext LIBRARY DESTINATION mlx_od_moe)
+install(TARGETS mlx_od_moe_core LIBRARY DESTINATION mlx_od_moe/lib)
 
 nanobind_add_stub(_ext_stub MODULE _ext OUTPUT _ext.pyi PYTHON_PATH $<TARGET_FILE_DIR:_ext> DEPENDS _ext)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_ext.pyi DESTINATION mlx_od_moe)

@@ -1,15 +1,321 @@
 // The Python extension `_ext`: the only file that includes nanobind.
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+
+#include "mlx_od_moe/predictor.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
+using namespace nb::literals;
+using mlx_od_moe::DType;
+using mlx_od_moe::Predictor;
+using mlx_od_moe::Tensor;
+
+namespace {
+
+// Bytes of an array of Python's, and what keeps them alive.
+struct Input {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  std::vector<size_t> shape;
+  std::shared_ptr<const void> owner;
+};
+
+DType dtype_of(const mx::array& a) {
+  if (a.dtype() == mx::float32) return DType::float32;
+  if (a.dtype() == mx::float16) return DType::float16;
+  if (a.dtype() == mx::bfloat16) return DType::bfloat16;
+  if (a.dtype() == mx::uint32) return DType::uint32;
+  throw std::invalid_argument("[NativePredictor] arrays are float32, float16 or bfloat16");
+}
+
+// Evaluated here, on the calling thread, where it is not yet; copied only where rows are not contiguous.
+Input from_mlx(mx::array a) {
+  nb::gil_scoped_release release;
+  a.eval();
+  if (!a.flags().row_contiguous) {
+    a = mx::contiguous(a);
+    a.eval();
+  }
+  Input input;
+  input.dtype = dtype_of(a);
+  input.shape.assign(a.shape().begin(), a.shape().end());
+  const auto owner = std::make_shared<const mx::array>(std::move(a));
+  input.data = owner->data<char>();
+  input.owner = owner;
+  return input;
+}
+
+template <class Array>
+Input from_ndarray(Array&& array, DType dtype) {
+  Input input;
+  input.dtype = dtype;
+  for (size_t i = 0; i < array.ndim(); ++i) input.shape.push_back(array.shape(i));
+  input.data = array.data();
+  input.owner = std::make_shared<std::decay_t<Array>>(std::forward<Array>(array));
+  return input;
+}
+
+Input hidden_state(nb::handle x) {
+  if (nb::isinstance<mx::array>(x)) return from_mlx(nb::cast<mx::array>(x));
+  using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+  Array array;
+  if (!nb::try_cast(x, array)) {
+    throw nb::type_error("[NativePredictor] the hidden state must be a numpy array or an mx.array");
+  }
+  const nb::dlpack::dtype type = array.dtype();
+  if (type == nb::dtype<float>()) return from_ndarray(std::move(array), DType::float32);
+  const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
+  if (type.bits == 16 && code == nb::dlpack::dtype_code::Float) {
+    return from_ndarray(std::move(array), DType::float16);
+  }
+  if (type.bits == 16 && code == nb::dlpack::dtype_code::Bfloat) {
+    return from_ndarray(std::move(array), DType::bfloat16);
+  }
+  throw nb::type_error("[NativePredictor] the hidden state must be float32, float16 or bfloat16");
+}
+
+// Values of another type than T are converted.
+template <class T>
+Input values_of(nb::handle x, mx::Dtype dtype, const char* name) {
+  if (nb::isinstance<mx::array>(x)) {
+    const auto a = nb::cast<mx::array>(x);
+    if (a.dtype() == dtype) return from_mlx(a);
+    // No DType of ours for int32: read as words.
+    return from_mlx(mx::view(mx::astype(a, dtype), mx::float32));
+  }
+  using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+  Array array;
+  if (!nb::try_cast(x, array)) {
+    throw nb::type_error((std::string("[NativePredictor] ") + name + " must be a numpy array or an mx.array").c_str());
+  }
+  return from_ndarray(std::move(array), DType::float32);
+}
+
+std::string text(const std::vector<size_t>& shape) {
+  std::string out = "[";
+  for (size_t n : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
+  return out + "]";
+}
+
+// A query and what keeps its arrays alive.
+struct Call {
+  Input hidden, previous, context;
+  mlx_od_moe::Query query;
+  std::vector<size_t> leading;  // the shape of x without its last axis
+
+  Call(const Predictor& predictor, nb::handle x, nb::handle previous_ids, nb::handle context_vector)
+      : hidden(hidden_state(x)) {
+    const mlx_od_moe::PredictorConfig& config = predictor.config();
+    if (hidden.shape.empty() || hidden.shape.back() != static_cast<size_t>(config.hidden_size)) {
+      throw std::invalid_argument("[NativePredictor] the hidden state has " +
+                                  (hidden.shape.empty() ? std::string("no") : std::to_string(hidden.shape.back())) +
+                                  " features, but this predictor is for hidden_size " +
+                                  std::to_string(config.hidden_size));
+    }
+    leading.assign(hidden.shape.begin(), hidden.shape.end() - 1);
+    size_t tokens = 1;
+    for (size_t n : leading) tokens *= n;
+    if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) {
+      throw std::invalid_argument("[NativePredictor] too many tokens: " + std::to_string(tokens));
+    }
+    query = {hidden.data, hidden.dtype, static_cast<int>(tokens), nullptr, 0, nullptr};
+    if (!previous_ids.is_none()) add_previous(config, previous_ids);
+    if (!context_vector.is_none()) add_context(config, context_vector);
+  }
+
+ private:
+  void add_previous(const mlx_od_moe::PredictorConfig& config, nb::handle ids) {
+    previous = values_of<int32_t>(ids, mx::int32, "previous");
+    std::vector<size_t> expected = leading;
+    expected.push_back(static_cast<size_t>(config.lookahead));
+    if (previous.shape.size() != expected.size() + 1 ||
+        !std::equal(expected.begin(), expected.end(), previous.shape.begin())) {
+      expected.push_back(static_cast<size_t>(config.top_k));
+      throw std::invalid_argument("[NativePredictor] previous must be " + text(expected) + ", but is " +
+                                  text(previous.shape));
+    }
+    query.previous = static_cast<const int32_t*>(previous.data);
+    query.num_previous = static_cast<int>(previous.shape.back());
+  }
+
+  void add_context(const mlx_od_moe::PredictorConfig& config, nb::handle vector) {
+    context = values_of<float>(vector, mx::float32, "context");
+    std::vector<size_t> expected = leading;
+    expected.push_back(static_cast<size_t>(config.predictor_size));
+    if (context.shape != expected) {
+      throw std::invalid_argument("[NativePredictor] context must be " + text(expected) + ", but is " +
+                                  text(context.shape));
+    }
+    query.context = static_cast<const float*>(context.data);
+  }
+};
+
+// Calls run(pointer) without the GIL, for `out` or for a new numpy array; returns that.
+template <class T, class Run>
+nb::object write_result(const std::vector<size_t>& shape, nb::object out, const Run& run) {
+  using Array = nb::ndarray<T, nb::numpy, nb::c_contig, nb::device::cpu>;
+  T* data = nullptr;
+  if (out.is_none()) {
+    size_t n = 1;
+    for (size_t s : shape) n *= s;
+    data = new T[std::max<size_t>(n, 1)];
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    out = nb::cast(Array(data, shape.size(), shape.data(), owner));
+  } else {
+    Array given;
+    if (!nb::try_cast(out, given, false)) {
+      throw nb::type_error(std::is_same_v<T, float> ? "[NativePredictor] out must be a contiguous float32 numpy array"
+                                                    : "[NativePredictor] out must be a contiguous int32 numpy array");
+    }
+    std::vector<size_t> is(given.ndim());
+    for (size_t i = 0; i < is.size(); ++i) is[i] = given.shape(i);
+    if (is != shape)
+      throw std::invalid_argument("[NativePredictor] out must be " + text(shape) + ", but is " + text(is));
+    data = given.data();
+  }
+  nb::gil_scoped_release release;
+  run(data);
+  return out;
+}
+
+nb::object logits(const Predictor& self, nb::handle x, nb::handle previous, nb::handle context, nb::object out) {
+  const Call call(self, x, previous, context);
+  std::vector<size_t> shape = call.leading;
+  shape.push_back(static_cast<size_t>(self.config().lookahead));
+  shape.push_back(static_cast<size_t>(self.config().num_experts));
+  return write_result<float>(shape, std::move(out), [&](float* to) { self.logits(call.query, to); });
+}
+
+nb::object predict(const Predictor& self, nb::handle x, std::optional<int> k, nb::handle previous, nb::handle context,
+                   nb::object out) {
+  const Call call(self, x, previous, context);
+  const int count = k.value_or(self.config().top_k);
+  std::vector<size_t> shape = call.leading;
+  shape.push_back(static_cast<size_t>(self.config().lookahead));
+  shape.push_back(static_cast<size_t>(std::clamp(count, 0, self.config().num_experts)));
+  return write_result<int32_t>(shape, std::move(out), [&](int32_t* to) { self.predict(call.query, count, to); });
+}
+
+// Tensors by name, for as long as `owners` lives.
+mlx_od_moe::Tensors tensors_of(const std::map<std::string, mx::array>& arrays, std::vector<Input>& owners) {
+  mlx_od_moe::Tensors tensors;
+  for (const auto& [name, array] : arrays) {
+    Input input = from_mlx(array);
+    const auto& s = input.shape;
+    if (s.empty() || s.size() > 2) throw std::invalid_argument("[NativePredictor] " + name + " is no vector or matrix");
+    tensors[name] = {input.data, input.dtype, s.size() == 1 ? 1 : s[0], s.back()};
+    owners.push_back(std::move(input));
+  }
+  return tensors;
+}
+
+template <class T>
+T option(const nb::dict& options, const char* name) {
+  return nb::cast<T>(options[name]);
+}
+
+mlx_od_moe::PredictorConfig config_of(const nb::dict& options) {
+  mlx_od_moe::PredictorConfig config;
+  config.hidden_size = option<int>(options, "hidden_size");
+  config.predictor_size = option<int>(options, "predictor_size");
+  config.num_experts = option<int>(options, "num_experts");
+  config.lookahead = option<int>(options, "lookahead");
+  config.top_k = option<int>(options, "top_k");
+  config.activation = mlx_od_moe::parse_activation(option<std::string>(options, "activation"));
+  config.layer_norm = option<bool>(options, "layer_norm");
+  config.previous_experts = option<bool>(options, "previous_experts");
+  for (const nb::handle term : options["terms"]) {
+    config.terms.push_back(mlx_od_moe::parse_term(nb::cast<std::string>(term)));
+  }
+  return config;
+}
+
+void make_predictor(Predictor* self, const std::map<std::string, mx::array>& arrays, const nb::dict& config,
+                    const std::vector<nb::dict>& router_configs, int bits, int group_size, const std::string& format,
+                    int threads) {
+  std::vector<Input> owners;
+  const mlx_od_moe::Tensors tensors = tensors_of(arrays, owners);
+  const mlx_od_moe::Quantization quantization{bits, group_size};
+  mlx_od_moe::PredictorWeights weights =
+      mlx_od_moe::find_predictor(tensors, "predictor.", config_of(config), quantization);
+  std::vector<mlx_od_moe::Router> routers;
+  for (size_t d = 0; d < router_configs.size(); ++d) {
+    const nb::dict& options = router_configs[d];
+    routers.push_back(mlx_od_moe::find_router(tensors, "routers." + std::to_string(d) + ".", quantization));
+    routers.back().scoring = mlx_od_moe::parse_scoring(option<std::string>(options, "scoring"));
+    routers.back().n_group = option<int>(options, "n_group");
+    routers.back().topk_group = option<int>(options, "topk_group");
+  }
+  for (const mlx_od_moe::Router& router : routers) weights.routers.push_back(&router);
+  mlx_od_moe::PredictorOptions options{mlx_od_moe::parse_format(format), threads, 64};
+  if (bits == 4) options.group_size = group_size;  // int4 as it is, without quantising again
+  nb::gil_scoped_release release;
+  new (self) Predictor(weights, options);
+}
+
+}  // namespace
 
 NB_MODULE(_ext, m) {
   // Loads libmlx and registers mx.array before any function here names it (stubs need it too).
   nb::module_::import_("mlx.core");
   m.doc() = "Native parts of mlx-od-moe.";
-  m.def("is_available", [](const mx::array& a) { return a.is_available(); }, nb::arg("array"),
-        nb::sig("def is_available(array: mlx.core.array) -> bool"),
-        "Whether an array's value is computed, without waiting for it.");
+  m.def(
+      "is_available", [](const mx::array& a) { return a.is_available(); }, "array"_a,
+      nb::sig("def is_available(array: mlx.core.array) -> bool"),
+      "Whether an array's value is computed, without waiting for it.");
+  m.def("available_kernels", &mlx_od_moe::available_kernels,
+        "Instruction sets that this CPU runs, best first; MLX_OD_MOE_KERNEL chooses another than the first.");
+
+  nb::class_<Predictor>(m, "NativePredictor", R"(A predictor's forward on CPU threads, without MLX.
+
+Made by ExpertPredictor.native(). Immutable: any number of threads may use one at once. A call takes
+at most `threads` threads, its own among them, and gives the same result for every number of them.
+
+x is the hidden state [..., hidden_size] as a numpy array or mx.array, float32, float16 or bfloat16:
+read without a copy where it is contiguous. An mx.array is evaluated on the calling thread. The GIL
+is released while the native code runs. ValueError where x has another width or is not finite, and
+TypeError where it has another type.)")
+      .def("__init__", &make_predictor, "tensors"_a, "config"_a, "routers"_a, "bits"_a, "group_size"_a, "format"_a,
+           "threads"_a)
+      .def("logits", &logits, "x"_a, "previous"_a = nb::none(), "context"_a = nb::none(), "out"_a = nb::none(),
+           nb::sig("def logits(self, x: object, previous: object | None = None, context: object | None = None, out: "
+                   "object | None = None) -> numpy.typing.NDArray[numpy.float32]"),
+           R"(Logits [..., lookahead, num_experts] as a float32 numpy array.
+
+Args:
+    x: hidden state [..., hidden_size].
+    previous: the previous token's experts at the target layers, [..., lookahead, n]; -1: none.
+    context: added to the trunk's output, float32 [..., predictor_size].
+    out: where to write them; returned.)")
+      .def("predict", &predict, "x"_a, "k"_a = nb::none(), "previous"_a = nb::none(), "context"_a = nb::none(),
+           "out"_a = nb::none(),
+           nb::sig("def predict(self, x: object, k: int | None = None, previous: object | None = None, context: object "
+                   "| None = None, out: object | None = None) -> numpy.typing.NDArray[numpy.int32]"),
+           R"(Expert ids [..., lookahead, k] as an int32 numpy array, best first; of equals the lower first.
+
+Args:
+    x: hidden state [..., hidden_size].
+    k: 1 ... min(32, num_experts); default: the model's top_k.
+    previous, context: as for `logits`.
+    out: int32 array to write them to; returned.)")
+      .def_prop_ro("hidden_size", [](const Predictor& p) { return p.config().hidden_size; })
+      .def_prop_ro("predictor_size", [](const Predictor& p) { return p.config().predictor_size; })
+      .def_prop_ro("num_experts", [](const Predictor& p) { return p.config().num_experts; })
+      .def_prop_ro("lookahead", [](const Predictor& p) { return p.config().lookahead; })
+      .def_prop_ro("top_k", [](const Predictor& p) { return p.config().top_k; })
+      .def_prop_ro("format", [](const Predictor& p) { return mlx_od_moe::format_name(p.options().format); })
+      .def_prop_ro("threads", [](const Predictor& p) { return p.options().threads; })
+      .def_prop_ro("kernel", &Predictor::kernel, "Instruction set in use.")
+      .def_prop_ro("weight_bytes", &Predictor::weight_bytes, "Bytes that one forward reads.");
 }

@@ -12,8 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import mlx_od_moe  # before mlx: on Linux it lends MLX's CPU backend a fast BLAS
 import numpy as np
+
+import mlx_od_moe  # before mlx: on Linux it lends MLX's CPU backend a fast BLAS
 from mlx_od_moe.training import (
     FitOptions,
     TrainingOptions,

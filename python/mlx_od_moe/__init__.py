@@ -29,7 +29,7 @@ except ImportError as error:
         f"NVIDIA GPU). The cause: {error}"
     ) from error
 
-from ._ext import is_available  # noqa: E402
+from ._ext import NativePredictor, is_available  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
 
@@ -39,6 +39,7 @@ __all__ = [
     "FAST_BLAS",
     "INSTALL_DIR",
     "ExpertPredictor",
+    "NativePredictor",
     "PredictorBundle",
     "PredictorConfig",
     "is_available",

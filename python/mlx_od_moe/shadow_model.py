@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .native_predictor import NativePredictor, make_native
 from .predictor_file import (
     Quantization,
     described_by,
@@ -198,6 +199,15 @@ class ExpertPredictor(nn.Module):
         copy.update(self.parameters())
         copy.quantization = quantize(copy, bits, group_size)
         return copy
+
+    def native(self, format: str = "int4", threads: int = 1) -> NativePredictor:
+        """A copy whose forward runs in C++ on CPU threads, apart from MLX.
+
+        Args:
+            format: of its weights: "f32", "f16", "bf16", "int8" or "int4".
+            threads: CPU threads that one call may use, its own among them.
+        """
+        return make_native(self, format, threads)
 
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write to a safetensors file, configuration in its metadata; `bits` 4 or 8 quantises."""

@@ -1,0 +1,325 @@
+#include "mlx_od_moe/forward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace mlx_od_moe {
+namespace {
+
+using kernels::kPanelRows;
+
+constexpr float kLayerNormEpsilon = 1e-5f;         // mlx.nn.LayerNorm's
+constexpr size_t kWorthSharing = size_t{1} << 18;  // bytes of weights, times tokens, that pay for a helper
+
+template <class T>
+T* at_least(std::vector<T>& memory, size_t n) {
+  if (memory.size() < n) memory.resize(n);
+  return memory.data();
+}
+
+kernels::Type kernel_type(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return kernels::kFloat32;
+    case DType::float16:
+      return kernels::kFloat16;
+    case DType::bfloat16:
+      return kernels::kBfloat16;
+    default:
+      throw std::invalid_argument("[NativePredictor] the hidden state must be float32, float16 or bfloat16");
+  }
+}
+
+// A thread's Forwards; more than one only while a helper is late with a former call's.
+struct Pool {
+  std::vector<Forward*> forwards;
+  ~Pool() {
+    for (Forward* forward : forwards) forward->release();
+  }
+};
+
+// While it lives helpers may join.
+class Offer {
+ public:
+  Offer(Workers* workers, SharedWork& work) : workers_(workers), work_(work) {
+    if (workers_ != nullptr) workers_->offer(work_);
+  }
+  ~Offer() {
+    if (workers_ == nullptr) return;
+    work_.close();
+    workers_->withdraw(work_);
+  }
+  Offer(const Offer&) = delete;
+  Offer& operator=(const Offer&) = delete;
+
+ private:
+  Workers* workers_;
+  SharedWork& work_;
+};
+
+// Zeroes the experts of all but the topk_group groups with the highest sum of their two best scores.
+void zero_weak_groups(const PackedRouter& router, int num_experts, float* scores) {
+  const auto groups = static_cast<size_t>(router.n_group);
+  const size_t size = static_cast<size_t>(num_experts) / groups;
+  std::vector<std::pair<float, size_t>> strengths;
+  for (size_t g = 0; g < groups; ++g) {
+    float best = -INFINITY;
+    float second = -INFINITY;
+    for (size_t i = 0; i < size; ++i) {
+      const float score = scores[g * size + i];
+      second = std::max(second, std::min(best, score));
+      best = std::max(best, score);
+    }
+    strengths.emplace_back(size > 1 ? best + second : best, g);
+  }
+  std::stable_sort(strengths.begin(), strengths.end(), [](auto a, auto b) { return a.first > b.first; });
+  for (size_t i = static_cast<size_t>(router.topk_group); i < groups; ++i) {
+    std::fill_n(scores + strengths[i].second * size, size, 0.0f);
+  }
+}
+
+}  // namespace
+
+size_t PackedPredictor::weight_bytes() const {
+  size_t bytes = 0;
+  const auto add = [&](const PackedMatrix& m) { bytes += static_cast<size_t>(m.panels.count) * m.panels.stride; };
+  add(trunk);
+  add(heads);
+  for (const PackedRouter& router : routers) add(router.matrix);
+  return bytes;
+}
+
+Forward& Forward::of_this_thread() {
+  thread_local Pool pool;
+  for (Forward* forward : pool.forwards) {
+    if (forward->exclusive()) return *forward;
+  }
+  pool.forwards.push_back(new Forward);
+  return *pool.forwards.back();
+}
+
+float* Forward::logits(size_t n) { return at_least(logits_, n); }
+int32_t* Forward::candidates(size_t n) { return at_least(candidates_, n); }
+
+void Forward::run(const PackedPredictor& predictor, Workers* workers, const Query& query, int first, int tokens,
+                  float* out) {
+  predictor_ = &predictor;
+  tokens_ = tokens;
+  const bool alone = workers == nullptr || predictor.weight_bytes() * static_cast<size_t>(tokens) < kWorthSharing;
+  lanes_ = alone ? 1 : workers->threads();
+  restart();
+  const Offer offer(alone ? nullptr : workers, *this);
+  load_hidden(query, first, tokens);
+  open_first_stage(tokens);
+  run_stage(0, alone);
+  if (predictor.config.has_mlp()) {
+    finish_trunk(query, first, tokens);
+    run_stage(1, alone);
+  }
+  combine(tokens, out);
+}
+
+void Forward::load_hidden(const Query& query, int first, int tokens) {
+  const kernels::Type type = kernel_type(query.dtype);
+  const int width = predictor_->config.hidden_size;
+  const auto padded = static_cast<size_t>(predictor_->packing.columns(static_cast<size_t>(width)));
+  float* hidden = at_least(hidden_, padded * static_cast<size_t>(tokens));
+  const size_t row_bytes = static_cast<size_t>(width) * (type == kernels::kFloat32 ? 4 : 2);
+  for (int t = 0; t < tokens; ++t, hidden += padded) {
+    const char* from = static_cast<const char*>(query.hidden) + static_cast<size_t>(first + t) * row_bytes;
+    if (!predictor_->packing.kernels->to_float(from, type, width, hidden)) {
+      throw std::invalid_argument("[NativePredictor] the hidden state of token " + std::to_string(first + t) +
+                                  " is not finite");
+    }
+    std::fill(hidden + width, hidden + padded, 0.0f);
+  }
+}
+
+void Forward::begin_stage(Stage& stage, size_t inputs, int columns, int tokens) {
+  const Packing& packing = predictor_->packing;
+  const size_t rows = inputs * static_cast<size_t>(tokens);
+  const size_t groups = rows * static_cast<size_t>(packing.groups(columns));
+  at_least(stage.prepared, rows * packing.value_bytes(columns));
+  at_least(stage.scales, groups);
+  at_least(stage.sums, groups);
+  at_least(stage.offsets, groups);
+  stage.products.clear();
+  stage.blocks = 0;
+  stage.width = 0;
+}
+
+kernels::Tokens Forward::prepare(Stage& stage, size_t slot, const float* x, size_t x_stride, int columns, int tokens) {
+  const Packing& packing = predictor_->packing;
+  const size_t stride = packing.value_bytes(columns);
+  const auto groups = static_cast<size_t>(packing.groups(columns));
+  const size_t first = slot * static_cast<size_t>(tokens);
+  unsigned char* values = stage.prepared.data() + first * stride;
+  float* scales = stage.scales.data() + first * groups;
+  float* sums = stage.sums.data() + first * groups;
+  int32_t* offsets = stage.offsets.data() + first * groups;
+  for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
+    packing.kernels->prepare[packing.format](x + t * x_stride, columns, packing.group, values + t * stride,
+                                             scales + t * groups, sums + t * groups, offsets + t * groups);
+  }
+  return {values, stride, scales, sums, offsets, static_cast<int>(groups), tokens};
+}
+
+void Forward::add_product(Stage& stage, const PackedMatrix& matrix, const kernels::Tokens& tokens) {
+  stage.products.push_back({&matrix, tokens, stage.width, stage.blocks});
+  stage.width += matrix.padded_rows();
+  stage.blocks += (matrix.panels.count + kPanelsPerBlock - 1) / kPanelsPerBlock;
+}
+
+// The trunk and the routers: all that depends on the hidden state alone.
+void Forward::open_first_stage(int tokens) {
+  const PackedPredictor& p = *predictor_;
+  const int width = p.config.hidden_size;
+  const int columns = p.packing.columns(static_cast<size_t>(width));
+  const auto stride = static_cast<size_t>(columns);
+  Stage& stage = stages_[0];
+  begin_stage(stage, p.routers.size() + 1, columns, tokens);
+
+  const bool plain = p.config.has_mlp() || std::find(p.gate_input_scale.begin(), p.gate_input_scale.end(), nullptr) !=
+                                               p.gate_input_scale.end();
+  kernels::Tokens unscaled{};
+  if (plain) unscaled = prepare(stage, 0, hidden_.data(), stride, columns, tokens);
+  if (p.config.has_mlp()) add_product(stage, p.trunk, unscaled);
+  for (int d = 0; d < p.config.lookahead; ++d) {
+    if (!p.uses_gate(d)) continue;
+    const float* factors = p.gate_input_scale[static_cast<size_t>(d)];
+    kernels::Tokens input = unscaled;
+    if (factors != nullptr) {
+      float* scaled = at_least(scaled_, stride * static_cast<size_t>(tokens));
+      for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
+        p.packing.kernels->scale(hidden_.data() + t * stride, factors, width, scaled + t * stride);
+        std::fill(scaled + t * stride + width, scaled + (t + 1) * stride, 0.0f);
+      }
+      input = prepare(stage, static_cast<size_t>(d) + 1, scaled, stride, columns, tokens);
+    }
+    add_product(stage, p.routers[static_cast<size_t>(d)].matrix, input);
+  }
+}
+
+void Forward::run_block(int phase, int block, int lane) noexcept {
+  Stage& stage = stages_[phase];
+  size_t i = stage.products.size() - 1;
+  while (stage.products[i].first_block > block) --i;
+  const Product& product = stage.products[i];
+  const int panel = (block - product.first_block) * kPanelsPerBlock;
+  kernels::Panels panels = product.matrix->panels;
+  panels.data += static_cast<size_t>(panel) * panels.stride;
+  panels.count = std::min(kPanelsPerBlock, panels.count - panel);
+  const auto width = static_cast<size_t>(stage.width);
+  float* out = stage.lanes.data() + static_cast<size_t>(lane) * static_cast<size_t>(tokens_) * width + product.column +
+               panel * kPanelRows;
+  const Packing& packing = predictor_->packing;
+  packing.kernels->multiply[packing.format](panels, product.tokens, out, width);
+}
+
+// Runs the stage; afterwards lane 0 holds all results.
+void Forward::run_stage(int phase, bool alone) {
+  Stage& stage = stages_[phase];
+  const auto width = static_cast<size_t>(stage.width);
+  const size_t lane_floats = width * static_cast<size_t>(tokens_);
+  at_least(stage.lanes, lane_floats * static_cast<size_t>(lanes_));
+  run_phase(phase, stage.blocks, alone);
+  if (alone) return;
+  for (const Product& product : stage.products) {
+    const int panels = product.matrix->panels.count;
+    for (int p = 0; p < panels; p += kPanelsPerBlock) {
+      const int lane = lane_of(phase, product.first_block + p / kPanelsPerBlock);
+      if (lane == 0) continue;
+      const auto rows = static_cast<size_t>(std::min(kPanelsPerBlock, panels - p) * kPanelRows);
+      float* to = stage.lanes.data() + product.column + p * kPanelRows;
+      const float* from = to + static_cast<size_t>(lane) * lane_floats;
+      for (int t = 0; t < tokens_; ++t, to += width, from += width) std::memcpy(to, from, rows * sizeof(float));
+    }
+  }
+}
+
+const float* Forward::result(int phase, size_t product, int token) const {
+  const Stage& stage = stages_[phase];
+  return stage.lanes.data() + static_cast<size_t>(token) * static_cast<size_t>(stage.width) +
+         stage.products[product].column;
+}
+
+void Forward::add_previous(const Query& query, int token, float* z) const {
+  const PackedPredictor& p = *predictor_;
+  const int experts = p.config.num_experts;
+  const int width = p.config.predictor_size;
+  const size_t row_bytes = static_cast<size_t>(width) * (p.previous_type == kernels::kFloat32 ? 4 : 2);
+  const int per_token = p.config.lookahead * query.num_previous;
+  const int32_t* ids = query.previous + static_cast<size_t>(token) * static_cast<size_t>(per_token);
+  for (int i = 0; i < per_token; ++i) {
+    if (ids[i] < 0) continue;
+    // An expert named twice counts once, as in the multi-hot vector that it stands for.
+    const int32_t* begin = ids + i / query.num_previous * query.num_previous;
+    if (std::find(begin, ids + i, ids[i]) != ids + i) continue;
+    const auto row = static_cast<size_t>(i / query.num_previous * experts + ids[i]);
+    p.packing.kernels->add(static_cast<const char*>(p.previous) + row * row_bytes, p.previous_type, width, z);
+  }
+}
+
+// From the trunk's products to the heads' input.
+void Forward::finish_trunk(const Query& query, int first, int tokens) {
+  const PackedPredictor& p = *predictor_;
+  const kernels::KernelSet& k = *p.packing.kernels;
+  const int width = p.config.predictor_size;
+  const int columns = p.packing.columns(static_cast<size_t>(width));
+  const auto stride = static_cast<size_t>(columns);
+  float* z = at_least(inner_, stride * static_cast<size_t>(tokens));
+  for (int t = 0; t < tokens; ++t, z += stride) {
+    std::memcpy(z, result(0, 0, t), static_cast<size_t>(width) * sizeof(float));
+    std::fill(z + width, z + stride, 0.0f);
+    if (p.trunk_bias != nullptr) k.add(p.trunk_bias, kernels::kFloat32, width, z);
+    if (query.context != nullptr) {
+      k.add(query.context + static_cast<size_t>(first + t) * static_cast<size_t>(width), kernels::kFloat32, width, z);
+    }
+    if (query.previous != nullptr && p.previous != nullptr) add_previous(query, first + t, z);
+    if (p.config.layer_norm) k.layer_norm(z, width, p.norm_weight, p.norm_bias, kLayerNormEpsilon);
+    (p.config.activation == Activation::silu ? k.silu : k.relu)(z, width);
+  }
+  begin_stage(stages_[1], 1, columns, tokens);
+  add_product(stages_[1], p.heads, prepare(stages_[1], 0, inner_.data(), stride, columns, tokens));
+}
+
+// What Python's Router.scores makes of the logits.
+void Forward::finish_scores(const float* router_logits, int d, float* scores) const {
+  const PackedRouter& router = predictor_->routers[static_cast<size_t>(d)];
+  const kernels::KernelSet& k = *predictor_->packing.kernels;
+  const int n = predictor_->config.num_experts;
+  std::memcpy(scores, router_logits, static_cast<size_t>(n) * sizeof(float));
+  if (router.bias != nullptr) k.add(router.bias, kernels::kFloat32, n, scores);
+  if (router.scoring == Scoring::softmax) return;
+  k.sigmoid(scores, n);
+  if (router.correction != nullptr) k.add(router.correction, kernels::kFloat32, n, scores);
+  if (router.n_group > 1) zero_weak_groups(router, n, scores);
+}
+
+void Forward::combine(int tokens, float* out) {
+  const PackedPredictor& p = *predictor_;
+  const auto n = static_cast<size_t>(p.config.num_experts);
+  float* scores = at_least(scores_, n);
+  for (int t = 0; t < tokens; ++t) {
+    size_t product = p.config.has_mlp() ? 1 : 0;
+    for (int d = 0; d < p.config.lookahead; ++d, out += n) {
+      if (p.uses_mlp(d)) {
+        std::memcpy(out, result(1, 0, t) + static_cast<size_t>(d) * n, n * sizeof(float));
+        if (p.heads_bias != nullptr) {
+          p.packing.kernels->add(p.heads_bias + static_cast<size_t>(d) * n, kernels::kFloat32, p.config.num_experts,
+                                 out);
+        }
+      } else {
+        std::fill_n(out, n, 0.0f);
+      }
+      if (!p.uses_gate(d)) continue;
+      finish_scores(result(0, product++, t), d, scores);
+      const float factor = p.gate_scale[static_cast<size_t>(d)];
+      for (size_t i = 0; i < n; ++i) out[i] += factor * scores[i];
+    }
+  }
+}
+
+}  // namespace mlx_od_moe

@@ -1,0 +1,94 @@
+// What one instruction set offers the predictor: a table of functions, chosen once per process.
+//
+// Plain data and function pointers only. Files compiled with -mavx512f and the like include this
+// header, and an inline function of the standard library that the linker picked from such a file
+// would crash an older CPU: so no standard C++ header may be included from here.
+//
+// Layout     A matrix [rows, columns] is stored as panels of 16 rows (one row per vector lane), zero
+//            rows added to fill the last. Within a panel the columns run outermost, so a forward
+//            reads it once, front to back:
+//              f32, f16   [column][row]
+//              bf16       [column / 2][row][2]
+//              int8       [column / 4][row][4], then one f32 scale per row
+//              int4       per group of columns: [column / 8][row][4] bytes whose low halves are
+//                         columns 0-3 of the eight and high halves 4-7; then 16 f16 scales, 16 f16
+//                         biases: weight = scale * q + bias with q in 0 ... 15
+//            Columns are padded with zeros to a multiple of 64, for int4 also of the group.
+// Threads    All functions are pure: any thread.
+// Units      Shapes as [tokens, rows]; strides in bytes where named `stride`, else in elements.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace mlx_od_moe::kernels {
+
+constexpr int kPanelRows = 16;
+constexpr int kColumnStep = 64;
+constexpr int kInt8Block = 256;  // columns that share one activation scale in int8
+
+enum Format { kF32, kF16, kBf16, kInt8, kInt4, kNumFormats };
+enum Type { kFloat32, kFloat16, kBfloat16 };
+
+// Consecutive panels of one packed matrix.
+struct Panels {
+  const unsigned char* data;
+  size_t stride;  // from panel to panel
+  int count;
+  int columns;  // padded
+  int group;    // int4 only
+};
+
+// Prepared inputs of some tokens: what `prepare` wrote for each.
+struct Tokens {
+  const unsigned char* values;
+  size_t stride;           // from token to token
+  const float* scales;     // int8, int4: [tokens, groups], activation = scale * value
+  const float* sums;       // int4: [tokens, groups], the activations' sum
+  const int32_t* offsets;  // int8: [tokens, groups], -128 times the values' sum (see int8_offset)
+  int groups;              // int8: blocks of kInt8Block columns; int4: groups
+  int count;
+};
+
+// out[token * out_stride + row] = dot(matrix row, token), for all rows of the panels.
+using Multiply = void (*)(const Panels&, const Tokens&, float* out, size_t out_stride);
+
+// Writes one token's activations x[columns] (already padded with zeros) in the form that this
+// format's Multiply reads; scales, sums and offsets have `groups` entries where the format has them.
+using Prepare = void (*)(const float* x, int columns, int group, unsigned char* values, float* scales, float* sums,
+                         int32_t* offsets);
+
+struct KernelSet {
+  const char* name;
+  Multiply multiply[kNumFormats];
+  Prepare prepare[kNumFormats];
+  int value_bytes[kNumFormats];  // of one prepared activation
+  int int8_offset;               // added to int8 weights when they are packed: 128 where they are read unsigned
+
+  // x[n] to float32. False where a value is NaN or infinite.
+  bool (*to_float)(const void* x, Type type, int n, float* out);
+  void (*scale)(const float* x, const float* factors, int n, float* out);  // out = x * factors
+  void (*add)(const void* x, Type type, int n, float* out);                // out += x; float32 or bfloat16
+  // weight and bias may be null: (x - mean) / sqrt(variance + epsilon) * weight + bias, in place.
+  void (*layer_norm)(float* x, int n, const float* weight, const float* bias, float epsilon);
+  void (*silu)(float* x, int n);
+  void (*relu)(float* x, int n);
+  void (*sigmoid)(float* x, int n);
+  // Ids of the k largest of scores[n], best first, of equals the lower id first. NaN counts as the
+  // lowest. 1 <= k <= 32, k <= n. `candidates` is scratch for n ids.
+  void (*top_k)(const float* scores, int n, int k, int32_t* candidates, int32_t* ids);
+};
+
+extern const KernelSet kScalar;
+#if defined(__x86_64__)
+extern const KernelSet kAvx2;
+extern const KernelSet kAvx512;
+extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-512
+extern const Prepare kAvx512Bf16Prepare;
+#elif defined(__aarch64__)
+extern const KernelSet kNeon;
+#endif
+
+constexpr int kMaxTopK = 32;
+
+}  // namespace mlx_od_moe::kernels

@@ -1,0 +1,74 @@
+#include "mlx_od_moe/kernels/select.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace mlx_od_moe::kernels {
+namespace {
+
+#if defined(__x86_64__)
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// The AVX-512 table with what other files do better or need more for.
+KernelSet complete_avx512() {
+  KernelSet set = kAvx512;
+  set.multiply[kF16] = kAvx2.multiply[kF16];
+  set.multiply[kBf16] = kAvx2.multiply[kBf16];
+  if (__builtin_cpu_supports("avx512bf16")) {
+    set.multiply[kBf16] = kAvx512Bf16Multiply;
+    set.prepare[kBf16] = kAvx512Bf16Prepare;
+    set.value_bytes[kBf16] = 2;
+  }
+  return set;
+}
+#endif
+
+// Those that run here, best first.
+const std::vector<KernelSet>& runnable() {
+  static const std::vector<KernelSet> sets = [] {
+    std::vector<KernelSet> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (has_avx512()) found.push_back(complete_avx512());
+    if (has_avx2()) found.push_back(kAvx2);
+#endif
+    found.push_back(kScalar);
+    return found;
+  }();
+  return sets;
+}
+
+}  // namespace
+
+std::vector<std::string> available_kernels() {
+  std::vector<std::string> names;
+  for (const KernelSet& set : runnable()) names.emplace_back(set.name);
+  return names;
+}
+
+const KernelSet& select_kernels() {
+  const char* wanted = std::getenv("MLX_OD_MOE_KERNEL");
+  if (wanted == nullptr || *wanted == '\0') return runnable().front();
+  std::string names;
+  for (const KernelSet& set : runnable()) {
+    if (std::string(set.name) == wanted) return set;
+    names += names.empty() ? set.name : std::string(", ") + set.name;
+  }
+  throw std::invalid_argument("[MLX_OD_MOE_KERNEL] this CPU runs " + names + ", not '" + wanted + "'");
+}
+
+}  // namespace mlx_od_moe::kernels

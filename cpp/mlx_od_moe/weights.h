@@ -1,0 +1,102 @@
+// A predictor as it comes from Python or from a file: its configuration and where its tensors lie.
+//
+// Ownership  Nothing is owned: tensors must stay valid while a Predictor is made from them, no longer.
+// Units      Shapes as [rows, columns]; vectors have one row. Rows are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "mlx_od_moe/export.h"
+
+namespace mlx_od_moe {
+
+enum class DType { float32, float16, bfloat16, uint32 };
+
+struct Tensor {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  size_t rows = 0;
+  size_t columns = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A matrix [rows, columns], dense, or in MLX's affine format: `weight` holds uint32 words of
+// 32 / bits values, lowest bits first; scales and biases have one entry per `group_size` columns.
+struct Linear {
+  Tensor weight;
+  Tensor scales;
+  Tensor biases;
+  int bits = 0;  // 0: dense
+  int group_size = 0;
+  Tensor bias;  // optional, [rows]
+
+  explicit operator bool() const { return static_cast<bool>(weight); }
+  size_t rows() const { return weight.rows; }
+  size_t columns() const { return bits == 0 ? weight.columns : weight.columns * 32 / static_cast<size_t>(bits); }
+};
+
+enum class Activation { silu, relu };
+enum class Term { mlp, mlp_gate, gate };  // what a distance's logits are made of
+enum class Scoring { softmax, sigmoid };
+
+// By the names that Python's ExpertPredictor uses; each throws std::invalid_argument listing them.
+MLX_OD_MOE_API Activation parse_activation(const std::string& name);
+MLX_OD_MOE_API Term parse_term(const std::string& name);
+MLX_OD_MOE_API Scoring parse_scoring(const std::string& name);
+
+// The same options as Python's RouterConfig.
+struct Router {
+  Linear linear;
+  Tensor correction;  // optional, [num_experts]
+  Scoring scoring = Scoring::softmax;
+  int n_group = 1;
+  int topk_group = 1;
+};
+
+// The same options as Python's PredictorConfig.
+struct MLX_OD_MOE_API PredictorConfig {
+  int hidden_size = 4096;
+  int predictor_size = 1024;
+  int num_experts = 384;
+  int lookahead = 4;
+  int top_k = 8;
+  Activation activation = Activation::silu;
+  bool layer_norm = false;
+  std::vector<Term> terms;  // one per distance; empty: all mlp
+  bool previous_experts = false;
+
+  bool has_mlp() const;
+  bool has_gate() const;
+  void check() const;  // throws std::invalid_argument
+};
+
+struct PredictorWeights {
+  PredictorConfig config;
+  Linear trunk;
+  Linear heads;
+  Tensor norm_weight;
+  Tensor norm_bias;
+  Linear previous;
+  Tensor gate_scale;
+  Tensor gate_input_scale;
+  std::vector<const Router*> routers;  // per distance, or none; may be shared between predictors
+};
+
+// Tensors by name. A matrix is quantised where `NAME.scales` is there; then as `quantization` says.
+using Tensors = std::map<std::string, Tensor>;
+struct Quantization {
+  int bits = 0;
+  int group_size = 0;
+};
+
+// What of `tensors` belongs to the predictor or the router whose names begin with `prefix`.
+MLX_OD_MOE_API PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefix,
+                                               const PredictorConfig& config, const Quantization& quantization);
+MLX_OD_MOE_API Router find_router(const Tensors& tensors, const std::string& prefix, const Quantization& quantization);
+
+}  // namespace mlx_od_moe
