@@ -1,0 +1,94 @@
+"""The losses and their gradients against float64 numpy."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_od_moe.training.losses import LOSSES, bce, kl, softmax
+
+TOKENS, LOOKAHEAD, EXPERTS, TOP_K = 5, 3, 10, 4
+
+
+def sample(seed: int = 0, spread: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    logits = spread * rng.standard_normal((TOKENS, LOOKAHEAD, EXPERTS))
+    chosen = np.argsort(rng.random(logits.shape), axis=-1)[..., :TOP_K].astype(np.int16)
+    chosen[0, 1, 2:] = -1
+    chosen[3, 0] = -1
+    return logits, chosen, log_softmax(rng.standard_normal(logits.shape))
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def target(chosen: np.ndarray) -> np.ndarray:
+    hot = np.zeros((TOKENS, LOOKAHEAD, EXPERTS))
+    for token, d, j in np.ndindex(*chosen.shape):
+        if chosen[token, d, j] >= 0:
+            hot[token, d, chosen[token, d, j]] = 1
+    return hot
+
+
+def reference(name: str, logits: np.ndarray, chosen: np.ndarray, log_probs: np.ndarray) -> float:
+    own, hot = log_softmax(logits), target(chosen)
+    if name == "bce":
+        p = 1 / (1 + np.exp(-logits))
+        return float(-(hot * np.log(p) + (1 - hot) * np.log(1 - p)).mean())
+    if name == "kl":
+        return float((np.exp(log_probs) * (log_probs - own)).sum(-1).mean())
+    return float(-(hot * own).sum() / hot.sum())
+
+
+def arrays(*values: np.ndarray) -> list[mx.array]:
+    return [mx.array(v) if v.dtype == np.int16 else mx.array(v.astype(np.float32)) for v in values]
+
+
+def test_all_losses_are_tested():
+    assert set(LOSSES) == {"bce", "kl", "softmax"}
+
+
+@pytest.mark.parametrize("name", [*LOSSES])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_is_its_definition(name, seed):
+    values = sample(seed)
+    assert LOSSES[name](*arrays(*values)).item() == pytest.approx(reference(name, *values), 1e-5)
+
+
+@pytest.mark.parametrize("name", [*LOSSES])
+def test_gradients_are_those_of_the_definition(name):
+    logits, chosen, log_probs = sample()
+    found = mx.grad(LOSSES[name])(*arrays(logits, chosen, log_probs))
+    expected, step = np.zeros_like(logits), 1e-6
+    for index in np.ndindex(*logits.shape):
+        moved = [logits.copy(), logits.copy()]
+        moved[0][index] += step
+        moved[1][index] -= step
+        up, down = (reference(name, m, chosen, log_probs) for m in moved)
+        expected[index] = (up - down) / (2 * step)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*LOSSES])
+def test_extreme_logits_stay_finite(name):
+    logits, chosen, log_probs = sample(spread=1e4)
+    loss, gradient = mx.value_and_grad(LOSSES[name])(*arrays(logits, chosen, log_probs))
+    assert mx.isfinite(loss).item()
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_perfect_logits_cost_nothing():
+    _, chosen, log_probs = sample()
+    hot = target(chosen)
+    assert bce(*arrays(40 * (2 * hot - 1), chosen, log_probs)).item() == pytest.approx(0, abs=1e-6)
+    assert kl(*arrays(log_probs + 5, chosen, log_probs)).item() == pytest.approx(0, abs=1e-6)
+    uniform = softmax(*arrays(100 * hot, np.abs(chosen), log_probs))
+    assert uniform.item() >= 0
+
+
+def test_only_kl_reads_the_log_probabilities():
+    logits, chosen, _ = arrays(*sample())
+    nothing = mx.zeros((TOKENS, 0, 0))
+    assert mx.isfinite(bce(logits, chosen, nothing)).item()
+    assert mx.isfinite(softmax(logits, chosen, nothing)).item()
