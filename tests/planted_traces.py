@@ -39,7 +39,8 @@ def plant(
     rng = np.random.default_rng(seed)
     weights = {layer: rng.standard_normal((EXPERTS, HIDDEN)).astype(np.float32) for layer in layers}
     generator = rng.standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5
-    turn = np.linalg.qr(np.eye(HIDDEN) + 0.5 * (generator - generator.T))[0].astype(np.float32)
+    rotation, upper = np.linalg.qr(np.eye(HIDDEN) + 0.5 * (generator - generator.T))
+    turn = (rotation * np.sign(np.diag(upper))).astype(np.float32)
     collection = {
         "model": "planted",
         "hidden_size": HIDDEN,

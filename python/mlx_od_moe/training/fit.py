@@ -157,12 +157,19 @@ def _resume(
 ) -> tuple[FitState, dict[str, mx.array]]:
     if not path.exists():
         return FitState(), dict(tree_flatten(predictor.trainable_parameters()))
-    loaded: Any = mx.load(str(path), return_metadata=True)
-    tensors, metadata = loaded
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        tensors, metadata = loaded
+        mx.eval(tensors)  # loading is lazy: a file cut short shows only here
+        state = FitState(**json.loads(metadata["state"]))
+    except Exception as error:
+        raise ValueError(
+            f"[{path}] not a readable checkpoint: {error}; delete it to train this anew"
+        ) from error
 
     def part(prefix: str) -> dict[str, mx.array]:
         return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
     predictor.update(tree_unflatten(list(part("now.").items())))
     optimizer.state = tree_unflatten(list(part("optimizer.").items()))
-    return FitState(**json.loads(metadata["state"])), part("best.")
+    return state, part("best.")

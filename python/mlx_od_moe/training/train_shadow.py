@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..metrics import Recall, mean_over_layers
 from ..model_routers import LayerRouter, load_routers, save_routers
 from ..predictor_bundle import PredictorBundle
+from ..predictor_file import Quantization
 from ..router import input_scale
 from ..shadow_model import ExpertPredictor, PredictorConfig
 from .dataset import LayerDataset, split_documents
@@ -81,9 +82,10 @@ def train_shadow_model(
     """Train one predictor per MoE layer on recorded traces and write the bundle to `out`.
 
     Training and validation samples come from different documents. Each candidate is trained with
-    early stopping; per layer the one with the best mean validation recall@k is kept, and per
-    distance gate lookahead alone where that is better still. An interrupted run goes on where it
-    stopped when called again: its state lies in `out` + ".checkpoint", and is removed at the end.
+    early stopping; gate lookahead alone takes its place at distances where that is better, and per
+    layer the candidate is kept whose mean validation recall@k is then the best. An interrupted run
+    goes on where it stopped when called again: its state lies in `out` + ".checkpoint", and is
+    removed at the end.
 
     Args:
         traces: a directory that `collect_expert_usage` wrote.
@@ -98,14 +100,11 @@ def train_shadow_model(
     """
     options = options or TrainingOptions()
     info, out = open_traces(traces), Path(out)
-    last = info.moe_layers[-1]
-    trainable = [
-        layer
-        for layer in info.recorded_layers
-        if layer != last and (layers is None or layer in set(layers))
-    ]
-    if not trainable:
-        raise ValueError(f"[{info.path}] none of the layers asked for has a MoE layer after it")
+    if jobs < 1:
+        raise ValueError(f"[train] jobs must be positive, got {jobs}")
+    if bits is not None:
+        Quantization(bits)  # refused now, not when hours have passed
+    trainable = _trainable(info, layers)
     checkpoint = _open_checkpoint(out, options, info)
     if routers is not None:
         save_routers(checkpoint / "routers.safetensors", routers)
@@ -128,10 +127,23 @@ def train_shadow_model(
         "validation": mean_over_layers(metrics),
         "layers": reports,
     }
+    training = json.loads(json.dumps(training))  # as the file will give it back
     bundle = PredictorBundle(list(info.moe_layers), predictors, training)
     bundle.save(out, bits)
     shutil.rmtree(checkpoint)
     return bundle
+
+
+def _trainable(traces: TraceInfo, layers: Iterable[int] | None) -> list[int]:
+    """The layers asked for, in order; all that have states and a MoE layer after them if None."""
+    possible = [layer for layer in traces.recorded_layers if layer != traces.moe_layers[-1]]
+    wanted = set(possible if layers is None else layers)
+    if not wanted or not wanted <= set(possible):
+        raise ValueError(
+            f"[{traces.path}] layers {possible} have recorded states and a MoE layer after them, "
+            f"asked for {sorted(wanted)}"
+        )
+    return sorted(wanted)
 
 
 def validation_documents(traces: TraceInfo, bundle: PredictorBundle) -> set[int] | None:
@@ -188,7 +200,9 @@ class LayerTrainer:
             found[candidate] = predictor, fitted
         predictor, report = self._choose(found, validation)
         predictor.save(done)
-        report_path.write_text(json.dumps(report))
+        partial = report_path.with_suffix(".partial")
+        partial.write_text(json.dumps(report))
+        partial.replace(report_path)
         return report
 
     def _dataset(self, layer: int, documents: set[int]) -> LayerDataset:
@@ -252,11 +266,16 @@ class LayerTrainer:
         self, found: dict[str, tuple[ExpertPredictor, Recall]], validation: LayerDataset
     ) -> tuple[ExpertPredictor, dict[str, Any]]:
         top_k = self.info.top_k
-        best = max(found, key=lambda c: sum(found[c][1].at(top_k)))
+        recalls = {name: recall.at(top_k) for name, (_, recall) in found.items()}
+        gate = recalls.get("gate", [0.0] * len(validation.targets))
+
+        def merit(name: str) -> tuple[float, bool]:
+            return sum(map(max, recalls[name], gate)), name == "gate"
+
+        best = max(found, key=merit)
         predictor, recall = found[best]
         if "gate" in found and best != "gate":
-            gate = found["gate"][1].at(top_k)
-            worse = [d for d, own in enumerate(recall.at(top_k)) if own < gate[d]]
+            worse = [d for d, own in enumerate(recalls[best]) if own < gate[d]]
             if worse:
                 predictor = _with_gate_alone(predictor, found["gate"][0], worse)
                 recall = measure(predictor, validation, top_k)
@@ -264,7 +283,7 @@ class LayerTrainer:
             "candidate": best,
             "terms": predictor.config.terms,
             "validation": recall.report(),
-            "candidates": {name: recall.at(top_k) for name, (_, recall) in found.items()},
+            "candidates": recalls,
         }
 
 
