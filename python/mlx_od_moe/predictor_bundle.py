@@ -38,6 +38,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         self._predictors = {layer: predictors[layer] for layer in sorted(predictors)}
         if not self._predictors:
             raise ValueError("[PredictorBundle] needs the predictor of at least one layer")
+        if len({predictor.quantization for predictor in self._predictors.values()}) > 1:
+            raise ValueError("[PredictorBundle] its predictors must all be quantised alike")
         for layer, predictor in self._predictors.items():
             if len(self.targets(layer)) < predictor.config.lookahead:
                 raise ValueError(
