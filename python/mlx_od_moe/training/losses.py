@@ -33,8 +33,10 @@ _softplus: Any = mx.custom_function(lambda z: mx.logaddexp(z, 0.0))
 
 @_softplus.vjp  # type: ignore[untyped-decorator]
 def _softplus_vjp(z: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    # The gradient without the value: a training step then never computes the logarithms.
-    return cotangent * mx.sigmoid(z)
+    # The gradient without the value: a training step then never computes the logarithms. Its floor,
+    # 1e-7 of the largest, keeps Adam's squares out of the denormal numbers, where a CPU is 4 times
+    # slower.
+    return cotangent * mx.sigmoid(mx.maximum(z, -16.0))
 
 
 def kl(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:

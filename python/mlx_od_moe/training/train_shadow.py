@@ -116,7 +116,8 @@ def train_shadow_model(
     with bar:
         for layer, report in run_layers(_train_layer, settings, trainable, jobs, bar):
             reports[layer] = report
-            bar.write(_summary(layer, info.top_k, report), file=sys.stderr)
+            if progress:
+                bar.write(_summary(layer, info.top_k, report), file=sys.stderr)
     reports = dict(sorted(reports.items()))
     predictors = {layer: ExpertPredictor.load(trainer.finished(layer)) for layer in reports}
     metrics = [report["validation"] for report in reports.values()]
