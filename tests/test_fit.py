@@ -99,7 +99,7 @@ def test_divergence_is_an_error_and_leaves_no_checkpoint(traces, tmp_path, learn
 
 def test_frozen_routers_and_scales_do_not_move(traces, tmp_path):
     from mlx_od_moe.model_routers import load_routers
-    from mlx_od_moe.training.train_shadow import gate_predictor
+    from mlx_od_moe.training.layer_trainer import gate_predictor
 
     config = PredictorConfig(
         hidden_size=HIDDEN,
