@@ -155,7 +155,11 @@ inline void prepare_bfloat(const float* x, int columns, int, unsigned char* valu
   for (int i = 0; i < columns; ++i) out[i] = float_to_bfloat(x[i]);
 }
 
-// Quantises x[n] to int8 with one scale, n a multiple of 32. Returns the scale and the values' sum.
+// Below this 127 / largest would overflow; nothing that small can matter beside a trained weight.
+constexpr float kTiny = 1e-30f;
+
+#ifndef MLX_OD_MOE_QUANTIZE
+// Quantises x[n] to int8 with one scale, n a multiple of 32. Returns the scale; `sum` is the values'.
 inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   float lanes[kLanes] = {};
   for (int i = 0; i < n; i += kLanes) {
@@ -166,8 +170,7 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   }
   float largest = 0;
   for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-  // Below this 127 / largest would overflow; nothing that small can matter beside a trained weight.
-  const float factor = largest > 1e-30f ? 127.0f / largest : 0.0f;
+  const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
   int32_t total = 0;
   for (int i = 0; i < n; ++i) {
     const float scaled = x[i] * factor;
@@ -178,6 +181,9 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   *sum = total;
   return largest * (1.0f / 127.0f);
 }
+#else
+inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum);  // the including file's
+#endif
 
 void prepare_int8(const float* x, int columns, int, unsigned char* values, float* scales, float*, int32_t* offsets) {
   for (int begin = 0, block = 0; begin < columns; begin += kInt8Block, ++block) {
