@@ -37,11 +37,15 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   const __m256 factor = _mm256_set1_ps(largest > kTiny ? 127.0f / largest : 0.0f);
   // vpack* work within 128-bit halves: this puts their groups of four bytes back in order.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256 low = _mm256_set1_ps(-127.0f);
+  const __m256 high = _mm256_set1_ps(127.0f);
   __m256i total = _mm256_setzero_si256();
   for (int i = 0; i < n; i += 32) {
     __m256i q[4];
     for (int j = 0; j < 4; ++j) {
-      q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
+      // The bounds matter for infinite x only, where the product is NaN.
+      const __m256 scaled = _mm256_max_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor), low);
+      q[j] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, high));
       total = _mm256_add_epi32(total, q[j]);
     }
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));

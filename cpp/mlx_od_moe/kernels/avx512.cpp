@@ -34,9 +34,13 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   for (int i = 0; i < n; i += 16) lanes = _mm512_max_ps(lanes, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
   const float largest = _mm512_reduce_max_ps(lanes);
   const __m512 factor = _mm512_set1_ps(largest > kTiny ? 127.0f / largest : 0.0f);
+  const __m512 low = _mm512_set1_ps(-127.0f);
+  const __m512 high = _mm512_set1_ps(127.0f);
   __m512i total = _mm512_setzero_si512();
   for (int i = 0; i < n; i += 16) {
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor));
+    // The bounds matter for infinite x only, where the product is NaN.
+    const __m512 scaled = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), low);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(scaled, high));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
     total = _mm512_add_epi32(total, q);
   }

@@ -173,7 +173,9 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
   int32_t total = 0;
   for (int i = 0; i < n; ++i) {
-    const float scaled = x[i] * factor;
+    float scaled = x[i] * factor;
+    scaled = scaled < 127.0f ? scaled : 127.0f;  // also for infinite x, where it is NaN
+    scaled = scaled > -127.0f ? scaled : -127.0f;
     const int32_t q = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
     out[i] = static_cast<int8_t>(q);
     total += q;
