@@ -44,7 +44,7 @@ inline void halves_to_float(const uint16_t* x, int n, float* out) {
   for (; i + 8 <= n; i += 8) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
   }
-#elif defined(__aarch64__)
+#elif defined(MLX_OD_MOE_NEON)
   for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
 #endif
   for (; i < n; ++i) out[i] = half_to_float(x[i]);
