@@ -25,7 +25,9 @@ def build(name: str, *options: str) -> Path:
     """Configure and build the tests in build/NAME (kept, so that a second run is quick)."""
     doctest = find_doctest()
     if doctest is None:
-        pytest.skip("doctest/doctest.h is missing: apt-get install doctest-dev, brew install doctest")
+        pytest.skip(
+            "doctest/doctest.h is missing: apt-get install doctest-dev, brew install doctest"
+        )
     if shutil.which("cmake") is None:
         pytest.skip("cmake is missing: pip install cmake")
     folder = ROOT / "build" / name
