@@ -1,5 +1,5 @@
 # The Python extension and what is installed beside it in site-packages/mlx_od_moe.
-find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module
              OPTIONAL_COMPONENTS Development.SABIModule)
 find_package(nanobind CONFIG REQUIRED)
 
