@@ -21,10 +21,11 @@ Advance = Callable[[int], None]
 _done: Any = None  # in a worker process: the counter that the parent's bar follows
 
 
-def progress_bar(total: int, what: str, unit: str, shown: bool) -> tqdm[Any]:
+def progress_bar(total: int, what: str, unit: str, shown: bool, done: int = 0) -> tqdm[Any]:
     """A bar with rate and time left on standard error; a line now and then where that is a file."""
     return tqdm(
         total=total,
+        initial=done,
         desc=what,
         unit=unit,
         unit_scale=True,
