@@ -54,18 +54,14 @@ def test_cpp():
 
 @pytest.mark.timeout(900)
 def test_address_sanitizer():
-    binary = build(
-        "cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address"
-    )
+    binary = build("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
     run(str(binary))
 
 
 @pytest.mark.timeout(900)
 def test_thread_sanitizer():
     """What threads share: the tests that use more than one."""
-    binary = build(
-        "cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread"
-    )
+    binary = build("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
     cases = "*every block*,*a helper that stalls*,*every thread count*,*workers stop*,*threads*"
     run(str(binary), f"--test-case={cases}", TSAN_OPTIONS="halt_on_error=1")
 
