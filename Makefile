@@ -36,7 +36,7 @@ sanitize: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/test_cpp.py -k sanitizer -v
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest $(wildcard benchmarks/bench_*.py) --benchmark-enable --benchmark-only
 
 clean:
 	rm -rf build demo-output $(VENV)
