@@ -1,28 +1,45 @@
 # mlx_od_moe_core: what needs neither MLX nor Python.
 find_package(Threads REQUIRED)
 
-add_library(mlx_od_moe_core SHARED
+# Objects, so that the tests see what the shared library hides.
+add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
   cpp/mlx_od_moe/forward.cpp
   cpp/mlx_od_moe/packed_matrix.cpp
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
-  cpp/mlx_od_moe/kernels/scalar.cpp
   cpp/mlx_od_moe/kernels/select.cpp)
+target_include_directories(mlx_od_moe_objects PUBLIC cpp)
+target_link_libraries(mlx_od_moe_objects PUBLIC Threads::Threads PRIVATE mlx_od_moe_flags)
+
+add_library(mlx_od_moe_core SHARED $<TARGET_OBJECTS:mlx_od_moe_objects>)
 target_include_directories(mlx_od_moe_core PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/cpp>)
 target_link_libraries(mlx_od_moe_core PUBLIC Threads::Threads PRIVATE $<BUILD_INTERFACE:mlx_od_moe_flags>)
 
 # One file per instruction set, each with its own flags: the rest runs on any CPU of its kind.
+# Without the two math flags, which change no result, compilers leave the loops of row_ops.inl scalar.
 function(add_kernels file)
-  target_sources(mlx_od_moe_core PRIVATE cpp/mlx_od_moe/kernels/${file})
-  set_source_files_properties(cpp/mlx_od_moe/kernels/${file} PROPERTIES COMPILE_OPTIONS "${ARGN}")
+  set(path ${PROJECT_SOURCE_DIR}/cpp/mlx_od_moe/kernels/${file})
+  target_sources(mlx_od_moe_objects PRIVATE ${path})
+  set_source_files_properties(${path} PROPERTIES COMPILE_OPTIONS "-fno-trapping-math;-fno-math-errno;${ARGN}")
 endfunction()
 
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
+add_kernels(scalar.cpp)
+
+set(processor "${CMAKE_SYSTEM_PROCESSOR}")
+if(CMAKE_OSX_ARCHITECTURES)
+  set(processor "${CMAKE_OSX_ARCHITECTURES}")
+endif()
+if(processor MATCHES "^(x86_64|AMD64)$")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
   add_kernels(avx2.cpp ${avx2})
   add_kernels(avx512.cpp ${avx512} -mavx512vnni)
   add_kernels(avx512bf16.cpp ${avx512} -mavx512bf16)
+elseif(processor MATCHES "^(aarch64|arm64)$")
+  add_kernels(neon.cpp)
+  add_kernels(neon_dot.cpp -march=armv8.2-a+dotprod)
+  add_kernels(neon_i8mm.cpp -march=armv8.2-a+dotprod+i8mm)
+  add_kernels(neon_bf16.cpp -march=armv8.2-a+bf16)
 endif()

@@ -89,10 +89,8 @@ Input hidden_state(nb::handle x) {
 template <class T>
 Input values_of(nb::handle x, mx::Dtype dtype, const char* name) {
   if (nb::isinstance<mx::array>(x)) {
-    const auto a = nb::cast<mx::array>(x);
-    if (a.dtype() == dtype) return from_mlx(a);
-    // No DType of ours for int32: read as words.
-    return from_mlx(mx::view(mx::astype(a, dtype), mx::float32));
+    // Viewed, since from_mlx knows no integers; both astype and view are free where nothing changes.
+    return from_mlx(mx::view(mx::astype(nb::cast<mx::array>(x), dtype), mx::float32));
   }
   using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
   Array array;

@@ -89,9 +89,17 @@ def test_a_finished_checkpoint_is_not_trained_further(traces, tmp_path):
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
+@pytest.mark.parametrize("learning_rate", [1e30, float("nan")])
+def test_divergence_is_an_error_and_leaves_no_checkpoint(traces, tmp_path, learning_rate):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(ValueError, match=r"layer 1.*diverged at learning rate"):
+        run(traces, path, FitOptions(batch_size=16, learning_rate=learning_rate))
+    assert not path.exists()
+
+
 def test_frozen_routers_and_scales_do_not_move(traces, tmp_path):
     from mlx_od_moe.model_routers import load_routers
-    from mlx_od_moe.training.train_shadow import gate_predictor
+    from mlx_od_moe.training.layer_trainer import gate_predictor
 
     config = PredictorConfig(
         hidden_size=HIDDEN,

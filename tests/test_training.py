@@ -14,14 +14,10 @@ from mlx_od_moe import PredictorBundle
 from mlx_od_moe.training import train_shadow
 from mlx_od_moe.training.dataset import LayerDataset, split_documents
 from mlx_od_moe.training.fit import FitOptions, measure
+from mlx_od_moe.training.layer_trainer import CANDIDATES, TrainingOptions
 from mlx_od_moe.training.traces import TraceInfo, write_shard
-from mlx_od_moe.training.train_shadow import (
-    CANDIDATES,
-    TrainingOptions,
-    train_shadow_model,
-    validation_documents,
-)
-from planted_traces import TOP_K, plant
+from mlx_od_moe.training.train_shadow import train_shadow_model, validation_documents
+from planted_traces import TOP_K, plant, routers_of
 
 FIT = FitOptions(epochs=4, batch_size=64, learning_rate=5e-3, seed=1)
 OPTIONS = TrainingOptions(
@@ -265,3 +261,15 @@ def test_a_bad_shard_is_an_error_that_names_it(traces, tmp_path, jobs):
     write_shard(copy / "shard-00002.npz", arrays)
     with pytest.raises(ValueError, match=r"copy.shard-00002\.npz"):
         train_shadow_model(copy, tmp_path / "p", OPTIONS, jobs=jobs, progress=False)
+
+
+def test_other_routers_or_a_directory_as_output_are_refused(traces, tmp_path, monkeypatch):
+    out = tmp_path / "predictor.safetensors"
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(traces, out)
+    other = routers_of({layer: np.ones((12, 24), np.float32) for layer in traces.moe_layers})
+    with pytest.raises(ValueError, match=r"checkpoint\] holds an interrupted training with other"):
+        train(traces, out, routers=other)
+    with pytest.raises(ValueError, match="is a directory, not a file to write"):
+        train(traces, tmp_path)

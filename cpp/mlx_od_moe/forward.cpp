@@ -113,10 +113,10 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
   const Offer offer(alone ? nullptr : workers, *this);
   load_hidden(query, first, tokens);
   open_first_stage(tokens);
-  run_stage(0, alone);
+  run_stage(0);
   if (predictor.config.has_mlp()) {
     finish_trunk(query, first, tokens);
-    run_stage(1, alone);
+    run_stage(1);
   }
   combine(tokens, out);
 }
@@ -219,13 +219,13 @@ void Forward::run_block(int phase, int block, int lane) noexcept {
 }
 
 // Runs the stage; afterwards lane 0 holds all results.
-void Forward::run_stage(int phase, bool alone) {
+void Forward::run_stage(int phase) {
   Stage& stage = stages_[phase];
   const auto width = static_cast<size_t>(stage.width);
   const size_t lane_floats = width * static_cast<size_t>(tokens_);
   at_least(stage.lanes, lane_floats * static_cast<size_t>(lanes_));
-  run_phase(phase, stage.blocks, alone);
-  if (alone) return;
+  run_phase(phase, stage.blocks, lanes_);
+  if (lanes_ == 1) return;
   for (const Product& product : stage.products) {
     const int panels = product.matrix->panels.count;
     for (int p = 0; p < panels; p += kPanelsPerBlock) {

@@ -84,7 +84,7 @@ class Forward : public SharedWork {
   void begin_stage(Stage& stage, size_t inputs, int columns, int tokens);
   kernels::Tokens prepare(Stage& stage, size_t slot, const float* x, size_t x_stride, int columns, int tokens);
   static void add_product(Stage& stage, const PackedMatrix& matrix, const kernels::Tokens& tokens);
-  void run_stage(int phase, bool alone);
+  void run_stage(int phase);
   const float* result(int phase, size_t product, int token) const;
 
   void load_hidden(const Query& query, int first, int tokens);

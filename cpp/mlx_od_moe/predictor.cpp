@@ -13,7 +13,7 @@ namespace mlx_od_moe {
 namespace {
 
 constexpr const char* kFormatNames[] = {"f32", "f16", "bf16", "int8", "int4"};
-constexpr int kMaxThreads = 64;
+constexpr int kMaxThreads = SharedWork::kMaxLanes;
 
 void check(const PredictorOptions& options) {
   if (options.threads < 1 || options.threads > kMaxThreads) {

@@ -65,7 +65,7 @@ struct MLX_OD_MOE_API PredictorConfig {
   int num_experts = 384;
   int lookahead = 4;
   int top_k = 8;
-  Activation activation = Activation::silu;
+  Activation activation = Activation::relu;
   bool layer_norm = false;
   std::vector<Term> terms;  // one per distance; empty: all mlp
   bool previous_experts = false;

@@ -45,12 +45,12 @@ void SharedWork::release() {
 
 void SharedWork::restart() { opened_.store(0, std::memory_order_relaxed); }
 
-void SharedWork::run_phase(int index, int blocks, bool alone) {
+void SharedWork::run_phase(int index, int blocks, int lanes) {
   Phase& phase = phases_[index];
   const auto count = static_cast<size_t>(blocks);
   if (phase.source.size() < count) phase.source.resize(count);
   std::fill_n(phase.source.begin(), count, 0);
-  if (alone) {
+  if (lanes == 1) {
     for (int b = 0; b < blocks; ++b) run_block(index, b, 0);
     return;
   }
@@ -58,18 +58,35 @@ void SharedWork::run_phase(int index, int blocks, bool alone) {
     phase.done = std::make_unique<std::atomic<int>[]>(count);
     phase.capacity = count;
   }
+  if (phase.shares == nullptr) phase.shares = std::make_unique<Share[]>(kMaxLanes);
   for (size_t b = 0; b < count; ++b) phase.done[b].store(0, std::memory_order_relaxed);
-  phase.next.store(0, std::memory_order_relaxed);
+  for (int lane = 0; lane < lanes; ++lane) {
+    Share& share = phase.shares[static_cast<size_t>(lane)];
+    share.next.store(blocks * lane / lanes, std::memory_order_relaxed);
+    share.end = blocks * (lane + 1) / lanes;
+  }
   phase.blocks = blocks;
+  phase.lanes = lanes;
   opened_.store(index + 1, std::memory_order_release);
 
   const auto start = Clock::now();
   int own = 0;
-  for (int b; (b = phase.next.fetch_add(1, std::memory_order_relaxed)) < blocks; ++own) {
+  for (int b; (b = claim(phase, 0)) >= 0; ++own) {
     run_block(index, b, 0);
     phase.done[static_cast<size_t>(b)].store(1, std::memory_order_relaxed);
   }
   await_helpers(index, std::max<Clock::duration>(kLeastPatience, 2 * (Clock::now() - start) / std::max(own, 1)));
+}
+
+int SharedWork::claim(Phase& phase, int lane) noexcept {
+  for (int i = 0; i < phase.lanes; ++i) {
+    Share& share = phase.shares[static_cast<size_t>((lane + i) % phase.lanes)];
+    // Looked at first, so that an empty share's counter is not written again and again.
+    if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+    const int block = share.next.fetch_add(1, std::memory_order_relaxed);
+    if (block < share.end) return block;
+  }
+  return -1;
 }
 
 // A helper's block is at most as long as one of ours, so twice that is patience enough.
@@ -94,7 +111,7 @@ bool SharedWork::wait_until_open(int phase) const noexcept {
 void SharedWork::join(int lane) noexcept {
   for (int index = 0; index < kPhases && wait_until_open(index); ++index) {
     Phase& phase = phases_[index];
-    for (int b; (b = phase.next.fetch_add(1, std::memory_order_relaxed)) < phase.blocks;) {
+    for (int b; (b = claim(phase, lane)) >= 0;) {
       run_block(index, b, lane);
       phase.done[static_cast<size_t>(b)].store(lane + 1, std::memory_order_release);
     }

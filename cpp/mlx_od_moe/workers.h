@@ -1,6 +1,7 @@
 // Helper threads that join a calculation block by block, and never make its caller wait for them.
 //
-// A calculation is cut into phases of blocks. Caller and helpers claim blocks one at a time; each lane
+// A calculation is cut into phases of blocks. Caller and helpers claim blocks one at a time, first of
+// their own share, which stays in their core's cache from call to call, then of the others'. Each lane
 // (0 is the caller) writes its results to memory of its own. A block that a helper has claimed but
 // does not finish, because the system took its core away, is computed again by the caller, and the
 // late result is ignored: a slice of the scheduler is never waited for.
@@ -29,6 +30,7 @@ namespace mlx_od_moe {
 class SharedWork {
  public:
   static constexpr int kPhases = 2;
+  static constexpr int kMaxLanes = 64;
 
   virtual ~SharedWork() = default;
 
@@ -42,8 +44,8 @@ class SharedWork {
 
   // Caller, exclusive: before the first phase.
   void restart();
-  // Caller: computes all blocks of the next phase, with whichever helpers come.
-  void run_phase(int phase, int blocks, bool alone);
+  // Caller: computes all blocks of the next phase, with up to lanes - 1 helpers.
+  void run_phase(int phase, int blocks, int lanes);
   // Caller: helpers leave.
   void close() { opened_.store(kClosed, std::memory_order_release); }
   // Caller, after run_phase: whose result of the block counts.
@@ -56,14 +58,22 @@ class SharedWork {
   static constexpr int kClosed = kPhases + 1;
   using Clock = std::chrono::steady_clock;
 
-  struct Phase {
+  // A lane's share of a phase's blocks: those from `next` to `end` are not claimed.
+  struct alignas(64) Share {
     std::atomic<int> next{0};
+    int end = 0;
+  };
+
+  struct Phase {
     int blocks = 0;
+    int lanes = 0;
+    std::unique_ptr<Share[]> shares;  // [kMaxLanes]
     size_t capacity = 0;
     std::unique_ptr<std::atomic<int>[]> done;  // lane + 1 of the helper that finished the block
     std::vector<int> source;                   // caller only
   };
 
+  int claim(Phase& phase, int lane) noexcept;  // a block, or -1
   bool wait_until_open(int phase) const noexcept;
   void await_helpers(int phase, Clock::duration patience);
 

@@ -18,7 +18,7 @@ from .model_routers import LayerRouter
 from .shadow_model import PredictorConfig, multi_hot
 from .training.dataset import LayerDataset
 from .training.fit import FitOptions, Scorer, fit
-from .training.train_shadow import gate_predictor
+from .training.layer_trainer import gate_predictor
 
 
 def random(config: PredictorConfig, seed: int) -> Scorer:

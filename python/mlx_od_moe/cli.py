@@ -123,7 +123,7 @@ def _train_flags(flag: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .training import FitOptions, TrainingOptions, train_shadow_model
-    from .training.train_shadow import DEFAULT_CANDIDATES
+    from .training.layer_trainer import DEFAULT_CANDIDATES
 
     names = ("loss", "epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
     settings = TrainingOptions(

@@ -8,6 +8,7 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #define MLX_OD_MOE_COLLECT
+#define MLX_OD_MOE_QUANTIZE
 inline int collect(const float* scores, int n, float bound, int32_t* out) {
   const __m256 limit = _mm256_set1_ps(bound);
   int count = 0;
@@ -25,6 +26,36 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 #include "mlx_od_moe/kernels/row_ops.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
+
+inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 lanes = _mm256_setzero_ps();
+  for (int i = 0; i < n; i += 8) lanes = _mm256_max_ps(lanes, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  const float largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  const __m256 factor = _mm256_set1_ps(largest > kTiny ? 127.0f / largest : 0.0f);
+  // vpack* work within 128-bit halves: this puts their groups of four bytes back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256 low = _mm256_set1_ps(-127.0f);
+  const __m256 high = _mm256_set1_ps(127.0f);
+  __m256i total = _mm256_setzero_si256();
+  for (int i = 0; i < n; i += 32) {
+    __m256i q[4];
+    for (int j = 0; j < 4; ++j) {
+      // The bounds matter for infinite x only, where the product is NaN.
+      const __m256 scaled = _mm256_max_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor), low);
+      q[j] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, high));
+      total = _mm256_add_epi32(total, q[j]);
+    }
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+  __m128i pair = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  pair = _mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0x4e));
+  *sum = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
+  return largest * (1.0f / 127.0f);
+}
 
 inline int32_t load_quad(const int8_t* a) {
   int32_t quad;

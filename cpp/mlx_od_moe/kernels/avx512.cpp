@@ -8,6 +8,7 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #define MLX_OD_MOE_COLLECT
+#define MLX_OD_MOE_QUANTIZE
 inline int collect(const float* scores, int n, float bound, int32_t* out) {
   const __m512 limit = _mm512_set1_ps(bound);
   const __m512i step = _mm512_set1_epi32(16);
@@ -27,6 +28,25 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 #include "mlx_od_moe/kernels/row_ops.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
+
+inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
+  __m512 lanes = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) lanes = _mm512_max_ps(lanes, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  const float largest = _mm512_reduce_max_ps(lanes);
+  const __m512 factor = _mm512_set1_ps(largest > kTiny ? 127.0f / largest : 0.0f);
+  const __m512 low = _mm512_set1_ps(-127.0f);
+  const __m512 high = _mm512_set1_ps(127.0f);
+  __m512i total = _mm512_setzero_si512();
+  for (int i = 0; i < n; i += 16) {
+    // The bounds matter for infinite x only, where the product is NaN.
+    const __m512 scaled = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), low);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(scaled, high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
+    total = _mm512_add_epi32(total, q);
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+  return largest * (1.0f / 127.0f);
+}
 
 inline int32_t load_quad(const int8_t* a) {
   int32_t quad;

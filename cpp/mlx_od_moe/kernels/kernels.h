@@ -87,6 +87,10 @@ extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-
 extern const Prepare kAvx512Bf16Prepare;
 #elif defined(__aarch64__)
 extern const KernelSet kNeon;
+extern const Multiply kNeonDotInt8, kNeonDotInt4;    // for CPUs with dotprod
+extern const Multiply kNeonI8mmInt8, kNeonI8mmInt4;  // and i8mm
+extern const Multiply kNeonBf16Multiply;             // with bf16
+extern const Prepare kNeonBf16Prepare;
 #endif
 
 constexpr int kMaxTopK = 32;

@@ -44,7 +44,7 @@ inline void halves_to_float(const uint16_t* x, int n, float* out) {
   for (; i + 8 <= n; i += 8) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
   }
-#elif defined(__aarch64__)
+#elif defined(MLX_OD_MOE_NEON)
   for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
 #endif
   for (; i < n; ++i) out[i] = half_to_float(x[i]);
@@ -155,7 +155,11 @@ inline void prepare_bfloat(const float* x, int columns, int, unsigned char* valu
   for (int i = 0; i < columns; ++i) out[i] = float_to_bfloat(x[i]);
 }
 
-// Quantises x[n] to int8 with one scale, n a multiple of 32. Returns the scale and the values' sum.
+// Below this 127 / largest would overflow; nothing that small can matter beside a trained weight.
+constexpr float kTiny = 1e-30f;
+
+#ifndef MLX_OD_MOE_QUANTIZE
+// Quantises x[n] to int8 with one scale, n a multiple of 32. Returns the scale; `sum` is the values'.
 inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   float lanes[kLanes] = {};
   for (int i = 0; i < n; i += kLanes) {
@@ -166,11 +170,12 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   }
   float largest = 0;
   for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-  // Below this 127 / largest would overflow; nothing that small can matter beside a trained weight.
-  const float factor = largest > 1e-30f ? 127.0f / largest : 0.0f;
+  const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
   int32_t total = 0;
   for (int i = 0; i < n; ++i) {
-    const float scaled = x[i] * factor;
+    float scaled = x[i] * factor;
+    scaled = scaled < 127.0f ? scaled : 127.0f;  // also for infinite x, where it is NaN
+    scaled = scaled > -127.0f ? scaled : -127.0f;
     const int32_t q = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
     out[i] = static_cast<int8_t>(q);
     total += q;
@@ -178,6 +183,9 @@ inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   *sum = total;
   return largest * (1.0f / 127.0f);
 }
+#else
+inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum);  // the including file's
+#endif
 
 void prepare_int8(const float* x, int columns, int, unsigned char* values, float* scales, float*, int32_t* offsets) {
   for (int begin = 0, block = 0; begin < columns; begin += kInt8Block, ++block) {

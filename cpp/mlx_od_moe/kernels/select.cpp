@@ -4,6 +4,10 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace mlx_od_moe::kernels {
@@ -35,6 +39,51 @@ KernelSet complete_avx512() {
   }
   return set;
 }
+#elif defined(__aarch64__)
+
+struct Features {
+  bool dotprod = false;
+  bool i8mm = false;
+  bool bf16 = false;
+};
+
+#if defined(__linux__)
+Features features() {
+  // Bits of the kernel's ABI (asm/hwcap.h), which older headers lack.
+  const unsigned long first = getauxval(AT_HWCAP);
+  const unsigned long second = getauxval(AT_HWCAP2);
+  return {(first >> 20 & 1) != 0, (second >> 13 & 1) != 0, (second >> 14 & 1) != 0};
+}
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+
+Features features() {
+  return {has_feature("hw.optional.arm.FEAT_DotProd"), has_feature("hw.optional.arm.FEAT_I8MM"),
+          has_feature("hw.optional.arm.FEAT_BF16")};
+}
+#else
+Features features() { return {}; }
+#endif
+
+// The NEON table with what this CPU can do better.
+KernelSet complete_neon() {
+  KernelSet set = kNeon;
+  const Features has = features();
+  if (has.dotprod) {
+    set.multiply[kInt8] = has.i8mm ? kNeonI8mmInt8 : kNeonDotInt8;
+    set.multiply[kInt4] = has.i8mm ? kNeonI8mmInt4 : kNeonDotInt4;
+  }
+  if (has.bf16) {
+    set.multiply[kBf16] = kNeonBf16Multiply;
+    set.prepare[kBf16] = kNeonBf16Prepare;
+    set.value_bytes[kBf16] = 2;
+  }
+  return set;
+}
 #endif
 
 // Those that run here, best first.
@@ -45,6 +94,8 @@ const std::vector<KernelSet>& runnable() {
     __builtin_cpu_init();
     if (has_avx512()) found.push_back(complete_avx512());
     if (has_avx2()) found.push_back(kAvx2);
+#elif defined(__aarch64__)
+    found.push_back(complete_neon());
 #endif
     found.push_back(kScalar);
     return found;

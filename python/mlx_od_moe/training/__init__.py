@@ -3,8 +3,9 @@
 from ..metrics import compute_top_k_accuracy
 from .collect_training_data import collect_expert_usage
 from .fit import FitOptions
+from .layer_trainer import TrainingOptions
 from .traces import TraceInfo, open_traces
-from .train_shadow import TrainingOptions, train_shadow_model
+from .train_shadow import train_shadow_model
 
 __all__ = [
     "FitOptions",

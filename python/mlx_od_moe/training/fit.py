@@ -106,6 +106,7 @@ def fit(
         for samples in training.batches(options.batch_size, order):
             step(samples)
             advance(len(samples))
+        _check_finite(predictor, training.layer, options)
         recall = float(np.mean(measure(predictor, validation, top_k).at(top_k)))
         state.epoch += 1
         state.history.append(recall)
@@ -116,6 +117,15 @@ def fit(
     advance((options.epochs - state.epoch) * len(training))
     predictor.update(tree_unflatten(list(best.items())))
     return measure(predictor, validation, top_k)
+
+
+def _check_finite(predictor: nn.Module, layer: int, options: FitOptions) -> None:
+    weights = tree_flatten(predictor.trainable_parameters())
+    if not all(mx.isfinite(weight).all().item() for _, weight in weights):
+        raise ValueError(
+            f"[train] layer {layer}: training diverged at learning rate {options.learning_rate}: "
+            "the weights hold NaN or infinity"
+        )
 
 
 def _finished(state: FitState, options: FitOptions) -> bool:

@@ -1,0 +1,90 @@
+"""Builds and runs the C++ tests: as they are, under sanitizers, and for AArch64 under emulation."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BINARY = Path("tests/cpp/mlx_od_moe_tests")
+CROSS = Path("/usr/aarch64-linux-gnu")  # where Debian installs the cross compiler's libraries
+
+
+def find_doctest() -> str | None:
+    """The folder that holds doctest/doctest.h, or None."""
+    for folder in ("/usr/include", "/usr/local/include", "/opt/homebrew/include"):
+        if Path(folder, "doctest/doctest.h").exists():
+            return folder
+    return None
+
+
+def build(name: str, *options: str) -> Path:
+    """Configure and build the tests in build/NAME (kept, so that a second run is quick)."""
+    doctest = find_doctest()
+    if doctest is None:
+        pytest.skip(
+            "doctest/doctest.h is missing: apt-get install doctest-dev, brew install doctest"
+        )
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is missing: pip install cmake")
+    folder = ROOT / "build" / name
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator]
+    configure += ["-DMLX_OD_MOE_TESTS=ON", f"-DMLX_OD_MOE_DOCTEST={doctest}", *options]
+    for command in (configure, ["cmake", "--build", str(folder), "--target", "mlx_od_moe_tests"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / BINARY
+
+
+def run(*command: str, **environment: str) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_cpp():
+    run(str(build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")))
+
+
+@pytest.mark.timeout(900)
+def test_address_sanitizer():
+    binary = build(
+        "cpp-address", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DMLX_OD_MOE_SANITIZE=address"
+    )
+    run(str(binary))
+
+
+@pytest.mark.timeout(900)
+def test_thread_sanitizer():
+    """What threads share: the tests that use more than one."""
+    binary = build(
+        "cpp-thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DMLX_OD_MOE_SANITIZE=thread"
+    )
+    cases = "*every block*,*a helper that stalls*,*every thread count*,*workers stop*,*threads*"
+    run(str(binary), f"--test-case={cases}", TSAN_OPTIONS="halt_on_error=1")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    platform.machine() in ("aarch64", "arm64"), reason="this machine runs NEON: see test_cpp"
+)
+def test_neon_under_emulation():
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
+    if shutil.which(compiler) is None or emulator is None:
+        pytest.skip("apt-get install g++-aarch64-linux-gnu qemu-user")
+    binary = build(
+        "cpp-neon",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DMLX_OD_MOE_WERROR=ON",
+    )
+    # cortex-a57: plain NEON; cortex-a76: dotprod; max: i8mm and bf16 too.
+    for cpu in ("cortex-a57", "cortex-a76", "max"):
+        run(emulator, "-L", str(CROSS), "-cpu", cpu, str(binary), "--test-case-exclude=*stall*")
