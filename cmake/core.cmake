@@ -5,8 +5,11 @@ find_package(Threads REQUIRED)
 add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
   cpp/mlx_od_moe/forward.cpp
+  cpp/mlx_od_moe/json.cpp
   cpp/mlx_od_moe/packed_matrix.cpp
   cpp/mlx_od_moe/predictor.cpp
+  cpp/mlx_od_moe/predictor_file.cpp
+  cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)

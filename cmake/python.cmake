@@ -23,7 +23,6 @@ target_include_directories(_ext SYSTEM PRIVATE
 target_link_libraries(_ext PRIVATE mlx mlx_od_moe_core mlx_od_moe_flags)
 set_target_properties(_ext PROPERTIES INSTALL_RPATH "${ORIGIN}/lib;${ORIGIN}/../mlx/lib")
 install(TARGETS _ext LIBRARY DESTINATION mlx_od_moe)
-install(TARGETS mlx_od_moe_core LIBRARY DESTINATION mlx_od_moe/lib)
 
 nanobind_add_stub(_ext_stub MODULE _ext OUTPUT _ext.pyi PYTHON_PATH $<TARGET_FILE_DIR:_ext> DEPENDS _ext)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_ext.pyi DESTINATION mlx_od_moe)

@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "mlx_od_moe/predictor.h"
+#include "mlx_od_moe/predictor_file.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -262,6 +263,16 @@ void make_predictor(Predictor* self, const std::map<std::string, mx::array>& arr
   new (self) Predictor(weights, options);
 }
 
+std::map<int, Predictor> pack_bundle(const std::map<std::string, mx::array>& arrays,
+                                     const std::map<std::string, std::string>& metadata, const std::string& format,
+                                     int threads) {
+  std::vector<Input> owners;
+  const mlx_od_moe::Tensors tensors = tensors_of(arrays, owners);
+  const mlx_od_moe::PredictorOptions options{mlx_od_moe::parse_format(format), threads, 64};
+  nb::gil_scoped_release release;
+  return mlx_od_moe::PredictorBundle::make(tensors, metadata, options, "PredictorBundle").predictors();
+}
+
 }  // namespace
 
 NB_MODULE(_ext, m) {
@@ -286,6 +297,15 @@ is released while the native code runs. ValueError where x has another width or 
 TypeError where it has another type.)")
       .def("__init__", &make_predictor, "tensors"_a, "config"_a, "routers"_a, "bits"_a, "group_size"_a, "format"_a,
            "threads"_a)
+      .def_static(
+          "load",
+          [](const std::string& path, const std::string& format, int threads) {
+            const mlx_od_moe::PredictorOptions options{mlx_od_moe::parse_format(format), threads, 64};
+            nb::gil_scoped_release release;
+            return mlx_od_moe::load_predictor(path, options);
+          },
+          "path"_a, "format"_a = "int4", "threads"_a = 1,
+          "From a file that ExpertPredictor.save wrote. ValueError naming the file where it is not one.")
       .def("logits", &logits, "x"_a, "previous"_a = nb::none(), "context"_a = nb::none(), "out"_a = nb::none(),
            nb::sig("def logits(self, x: object, previous: object | None = None, context: object | None = None, out: "
                    "object | None = None) -> numpy.typing.NDArray[numpy.float32]"),
@@ -316,4 +336,16 @@ Args:
       .def_prop_ro("threads", [](const Predictor& p) { return p.options().threads; })
       .def_prop_ro("kernel", &Predictor::kernel, "Instruction set in use.")
       .def_prop_ro("weight_bytes", &Predictor::weight_bytes, "Bytes that one forward reads.");
+
+  m.def("pack_bundle", &pack_bundle, "tensors"_a, "metadata"_a, "format"_a, "threads"_a,
+        "The predictors of a bundle's tensors and metadata, in one allocation.");
+  m.def(
+      "load_bundle",
+      [](const std::string& path, const std::string& format, int threads) {
+        const mlx_od_moe::PredictorOptions options{mlx_od_moe::parse_format(format), threads, 64};
+        nb::gil_scoped_release release;
+        return mlx_od_moe::PredictorBundle::load(path, options).predictors();
+      },
+      "path"_a, "format"_a = "int4", "threads"_a = 1,
+      "{MoE layer: its NativePredictor} from a file that PredictorBundle.save wrote, in one allocation.");
 }

@@ -23,7 +23,7 @@ FOUNDATION = {
     "router": {"predictor_file"},
     "native_predictor": {"_ext", "predictor_file"},
     "shadow_model": {"native_predictor", "predictor_file", "router"},
-    "predictor_bundle": {"predictor_file", "router", "shadow_model"},
+    "predictor_bundle": {"native_predictor", "predictor_file", "router", "shadow_model"},
     "model_routers": {"moe", "router"},
 }
 # What is made of the rest, and may import training.

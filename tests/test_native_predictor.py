@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_od_moe._ext import available_kernels
 
-from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorConfig
-from mlx_od_moe.native_predictor import FORMATS
+from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
+from mlx_od_moe.native_predictor import FORMATS, load_bundle
 from mlx_od_moe.router import Router, RouterConfig
 
 # Relative error of the logits that gaussian weights, the worst case, show at most.
@@ -283,3 +283,55 @@ def test_describes_itself(predictor):
     assert (native.lookahead, native.top_k, native.format, native.threads) == (3, 8, "int8", 2)
     assert native.weight_bytes >= 64 * 128 + 120 * 64
     assert native.kernel == os.environ.get("MLX_OD_MOE_KERNEL", available_kernels()[0])
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_loads_what_python_saved(tmp_path, bits):
+    predictor = make_predictor(
+        scoring="sigmoid", hidden_size=128, predictor_size=64, num_experts=20, lookahead=2,
+        terms=("mlp+gate", "gate"), layer_norm=True, previous_experts=True,
+    )  # fmt: skip
+    path = tmp_path / "predictor.safetensors"
+    predictor.save(path, bits)
+    x = np.random.default_rng(0).standard_normal((3, 128), dtype=np.float32)
+    loaded = NativePredictor.load(str(path), format="f32")
+    expected = np.array(ExpertPredictor.load(path)(mx.array(x)))
+    assert relative_error(loaded.logits(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bundles_in_memory_and_from_a_file(tmp_path, bits):
+    def config(lookahead):
+        terms = ("mlp+gate",) * lookahead
+        return PredictorConfig(64, 32, 10, lookahead, top_k=4, terms=terms)
+
+    routers = {layer: Router(RouterConfig(64, 10)) for layer in (3, 5, 7)}
+    predictors = {
+        1: ExpertPredictor(config(2), [routers[3], routers[5]]),
+        3: ExpertPredictor(config(2), [routers[5], routers[7]]),
+        5: ExpertPredictor(config(1), [routers[7]]),
+    }
+    bundle = PredictorBundle([1, 3, 5, 7], predictors)
+    bundle = bundle if bits is None else bundle.quantized(bits, group_size=32)
+    path = tmp_path / "bundle.safetensors"
+    bundle.save(path)
+    x = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
+    packed = bundle.native("f32", threads=2)
+    loaded = load_bundle(str(path), "f32")
+    assert list(packed) == list(loaded) == [1, 3, 5]
+    for layer, predictor in bundle.items():
+        expected = np.array(predictor(mx.array(x)))
+        assert relative_error(packed[layer].logits(x), expected) < 1e-5
+        assert (loaded[layer].logits(x) == packed[layer].logits(x)).all()
+
+
+def test_refuses_files_that_are_none(tmp_path, predictor):
+    path = tmp_path / "predictor.safetensors"
+    predictor.save(path)
+    with pytest.raises(ValueError, match="kind='bundle'"):
+        load_bundle(str(path))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"predictor\.safetensors\] .*its data lie at"):
+        NativePredictor.load(str(path))
+    with pytest.raises(ValueError, match="no such predictor file"):
+        NativePredictor.load(str(tmp_path / "none"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
-from ._ext import NativePredictor
+import mlx.core as mx
+
+from ._ext import NativePredictor, load_bundle, pack_bundle
 from .predictor_file import named
 
 if TYPE_CHECKING:
     from .shadow_model import ExpertPredictor
 
-__all__ = ["FORMATS", "NativePredictor", "make_native"]
+__all__ = ["FORMATS", "NativePredictor", "load_bundle", "make_native", "make_native_bundle"]
 
 FORMATS = ("f32", "f16", "bf16", "int8", "int4")
 
@@ -31,3 +34,11 @@ def make_native(predictor: ExpertPredictor, format: str, threads: int) -> Native
         format,
         threads,
     )
+
+
+def make_native_bundle(
+    tensors: dict[str, mx.array], metadata: dict[str, Any], format: str, threads: int
+) -> dict[int, NativePredictor]:
+    """Pack a bundle's predictors into one allocation; see PredictorBundle.native."""
+    text = {key: json.dumps(value) for key, value in metadata.items()}
+    return pack_bundle(tensors, text, format, threads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .native_predictor import NativePredictor, make_native_bundle
 from .predictor_file import Quantization, described_by, named, read_tensors, restore, write_tensors
 from .router import Router, RouterConfig
 from .shadow_model import ExpertPredictor, PredictorConfig
@@ -88,13 +89,25 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write all predictors to one safetensors file; `bits` 4 or 8 quantises."""
         bundle = self if bits is None else self.quantized(bits)
-        routers = bundle.routers()
+        tensors, metadata = bundle._contents()
+        write_tensors(path, tensors, "bundle", metadata)
+
+    def native(self, format: str = "int4", threads: int = 1) -> dict[int, NativePredictor]:
+        """{MoE layer: its predictor's forward in C++}; see ExpertPredictor.native.
+
+        All share one allocation, their routers, and one set of helper threads.
+        """
+        return make_native_bundle(*self._contents(), format, threads)
+
+    def _contents(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """What a file holds: tensors and metadata."""
+        routers = self.routers()
         tensors: dict[str, mx.array] = {}
-        for layer, predictor in bundle.items():
+        for layer, predictor in self.items():
             tensors |= named(predictor, f"layers.{layer}.")
         for target, router in routers.items():
             tensors |= named(router, f"routers.{target}.")
-        quantization = next(iter(bundle.values())).quantization
+        quantization = next(iter(self.values())).quantization
         metadata = {
             "moe_layers": self.moe_layers,
             "layers": {layer: dataclasses.asdict(p.config) for layer, p in self.items()},
@@ -102,7 +115,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             "quantization": quantization and dataclasses.asdict(quantization),
             "training": self.training,
         }
-        write_tensors(path, tensors, "bundle", metadata)
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: str | Path) -> PredictorBundle:
