@@ -45,7 +45,7 @@ class LatencyHistogram {
 
   static size_t bin_of(uint64_t ns) {
     if (ns < (1U << kBits)) return static_cast<size_t>(ns);
-    const int shift = std::bit_width(ns) - 1 - kBits;
+    const int shift = static_cast<int>(std::bit_width(ns)) - 1 - kBits;
     return std::min<size_t>((static_cast<size_t>(shift) << kBits) + static_cast<size_t>(ns >> shift), kBins - 1);
   }
 

@@ -3,7 +3,7 @@
      spin -a prediction_queue.pml && cc -O2 -DSAFETY -o pan pan.c && ./pan -m100000
 
    Two producers push FIRST and SECOND records into a ring of N slots, displacing the oldest where it is
-   full (three wrap round it; -DSECOND=2: 95 million states, 200 s, 4.5 GB with -DCOLLAPSE); two
+   full (three wrap round it; -DSECOND=2: 69 million states, 250 s, 3.4 GB with -DCOLLAPSE); two
    consumers pop with wait_pop until the queue is closed and empty. Each line that touches shared
    memory is one step, as each atomic operation is in C++; memory is sequentially consistent here (the
    orders are ThreadSanitizer's business). What must hold, in every interleaving:
