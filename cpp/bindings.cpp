@@ -1,4 +1,4 @@
-// The Python extension `_ext`: the only file that includes nanobind.
+// The Python extension `_ext`: the module and its predictors; the rest is in the files that bindings.h names.
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -12,6 +12,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "bindings.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/predictor_file.h"
 
@@ -348,4 +349,7 @@ Args:
       },
       "path"_a, "format"_a = "int4", "threads"_a = 1,
       "{MoE layer: its NativePredictor} from a file that PredictorBundle.save wrote, in one allocation.");
+
+  bind_prediction_queue(m);
+  bind_shadow_runner(m);
 }

@@ -46,8 +46,8 @@ inline uint32_t fork_count() {
 class Parking {
  public:
   using Clock = std::chrono::steady_clock;
-  // Bridges one forward of a predictor; short against a slice of the scheduler (some milliseconds).
-  static constexpr std::chrono::microseconds kSpin{50};
+  // Bridges one forward of a predictor or two; short against a slice of the scheduler (some milliseconds).
+  static constexpr std::chrono::microseconds kSpin{100};
   static constexpr Clock::time_point kForever = Clock::time_point::max();
 
   Parking() : lot_(new Lot) {}

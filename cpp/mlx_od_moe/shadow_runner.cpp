@@ -373,13 +373,14 @@ const std::shared_ptr<PredictionQueue>& ShadowRunner::queue() const { return wor
 uint64_t ShadowRunner::step() const { return worker_->step.load(std::memory_order_acquire); }
 RunnerStatistics ShadowRunner::statistics() const { return worker_->statistics(); }
 bool ShadowRunner::closed() const { return worker_->stopping.load(std::memory_order_acquire); }
+bool ShadowRunner::on_its_thread() const { return Worker::running_here == worker_.get(); }
 void ShadowRunner::check() const { worker_->check(); }
 
 void ShadowRunner::close() {
   if (!worker_->has_thread()) return;
   worker_->stop();
   if (own_queue_) worker_->queue->close();
-  if (Worker::running_here == worker_.get()) return;
+  if (on_its_thread()) return;
   const std::lock_guard lock(closing_);
   if (thread_.joinable()) thread_.join();
 }

@@ -104,6 +104,7 @@ class MLX_OD_MOE_API ShadowRunner {
   // Ends the thread; what waits is dropped. Called on that thread, by a callback, it only asks for that.
   void close();
   bool closed() const;
+  bool on_its_thread() const;  // as a callback is
   // Throws the oldest error that no call has thrown yet, if any.
   void check() const;
 
