@@ -10,6 +10,9 @@ BACKEND ?= $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma  := ,
 CXX_FILES := $(shell find cpp tests/cpp benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
+# The C++ tests use its cmake and ninja.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 .PHONY: demo test lint format sanitize bench clean
 
 demo: $(VENV)/demo.stamp

@@ -1,7 +1,6 @@
 # The CMake package: find_package(mlx_od_moe CONFIG) with -Dmlx_od_moe_DIR=$(python -m mlx_od_moe --cmake-dir).
 include(CMakePackageConfigHelpers)
 
-set(package mlx_od_moe/share/cmake/mlx_od_moe)
 set_target_properties(mlx_od_moe_core PROPERTIES EXPORT_NAME core)
 target_compile_features(mlx_od_moe_core PUBLIC cxx_std_20)
 # The wheel's root is site-packages, so the headers' folder is named from there.
@@ -12,9 +11,7 @@ install(FILES
   DESTINATION mlx_od_moe/include/mlx_od_moe)
 install(EXPORT mlx_od_moe_targets NAMESPACE mlx_od_moe:: FILE mlx_od_moeTargets.cmake DESTINATION ${package})
 
-file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/mlx_od_moeConfig.cmake
-  "include(CMakeFindDependencyMacro)\nfind_dependency(Threads)\n"
-  "include(\"\${CMAKE_CURRENT_LIST_DIR}/mlx_od_moeTargets.cmake\")\n")
+configure_file(cmake/mlx_od_moeConfig.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/mlx_od_moeConfig.cmake @ONLY)
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/mlx_od_moeConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES
   ${CMAKE_CURRENT_BINARY_DIR}/mlx_od_moeConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/mlx_od_moeConfigVersion.cmake

@@ -1,5 +1,5 @@
 # The Python extension and what is installed beside it in site-packages/mlx_od_moe.
-find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module
              OPTIONAL_COMPONENTS Development.SABIModule)
 find_package(nanobind CONFIG REQUIRED)
 
@@ -13,6 +13,14 @@ if(APPLE)
   # The wheel's target names framework paths of the machine that built it.
   set_target_properties(mlx PROPERTIES INTERFACE_LINK_LIBRARIES "")
 endif()
+# Lazy operations on mx::array.
+add_library(mlx_od_moe_mlx SHARED cpp/mlx_od_moe/mlx_ops.cpp)
+set_target_properties(mlx_od_moe_mlx PROPERTIES EXPORT_NAME mlx INSTALL_RPATH "${ORIGIN};${ORIGIN}/../../mlx/lib")
+target_link_libraries(mlx_od_moe_mlx PUBLIC mlx_od_moe_core mlx PRIVATE $<BUILD_INTERFACE:mlx_od_moe_flags>)
+install(TARGETS mlx_od_moe_mlx EXPORT mlx_od_moe_mlx_targets LIBRARY DESTINATION mlx_od_moe/lib)
+install(FILES cpp/mlx_od_moe/mlx_ops.h DESTINATION mlx_od_moe/include/mlx_od_moe)
+install(EXPORT mlx_od_moe_mlx_targets NAMESPACE mlx_od_moe:: FILE mlx_od_moeMlxTargets.cmake DESTINATION ${package})
+
 # NB_DOMAIN mlx and split mode: the only combination in which one binary serves every Python and
 # still shares mx.array with MLX's own extension (STABLE_ABI alone gets a different ABI tag).
 nanobind_add_module(_ext BACKEND_MODULE nanobind_backend NOMINSIZE NB_DOMAIN mlx
@@ -21,7 +29,7 @@ target_include_directories(_ext PRIVATE cpp)
 # Their headers do not pass our warnings: named as system headers they need not.
 target_include_directories(_ext SYSTEM PRIVATE
   ${NB_DIR}/include $<TARGET_PROPERTY:mlx,INTERFACE_INCLUDE_DIRECTORIES>)
-target_link_libraries(_ext PRIVATE mlx mlx_od_moe_core mlx_od_moe_flags)
+target_link_libraries(_ext PRIVATE mlx_od_moe_mlx mlx_od_moe_flags)
 set_target_properties(_ext PROPERTIES INSTALL_RPATH "${ORIGIN}/lib;${ORIGIN}/../mlx/lib")
 install(TARGETS _ext LIBRARY DESTINATION mlx_od_moe)
 

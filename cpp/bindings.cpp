@@ -5,6 +5,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <stdexcept>
 
 #include "bindings.h"
+#include "mlx_od_moe/mlx_ops.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/predictor_file.h"
 
@@ -264,6 +266,25 @@ void make_predictor(Predictor* self, const std::map<std::string, mx::array>& arr
   new (self) Predictor(weights, options);
 }
 
+void make_op(mlx_od_moe::PredictorOp* self, std::map<std::string, mx::array> arrays, const nb::dict& config,
+             const std::vector<nb::dict>& router_configs, int bits, int group_size, const std::string& format,
+             int threads) {
+  std::vector<mlx_od_moe::RouterOptions> routers;
+  for (const nb::dict& options : router_configs) {
+    routers.push_back({mlx_od_moe::parse_scoring(option<std::string>(options, "scoring")),
+                       option<int>(options, "n_group"), option<int>(options, "topk_group")});
+  }
+  const mlx_od_moe::PredictorConfig checked = config_of(config);
+  mlx_od_moe::PredictorOptions options{mlx_od_moe::parse_format(format), threads, 64};
+  if (bits == 4) options.group_size = group_size;
+  nb::gil_scoped_release release;
+  for (auto& [name, array] : arrays) {
+    array = mx::contiguous(array);
+    array.eval();
+  }
+  new (self) mlx_od_moe::PredictorOp(std::move(arrays), checked, std::move(routers), {bits, group_size}, options);
+}
+
 std::map<int, Predictor> pack_bundle(const std::map<std::string, mx::array>& arrays,
                                      const std::map<std::string, std::string>& metadata, const std::string& format,
                                      int threads) {
@@ -349,6 +370,31 @@ Args:
       },
       "path"_a, "format"_a = "int4", "threads"_a = 1,
       "{MoE layer: its NativePredictor} from a file that PredictorBundle.save wrote, in one allocation.");
+
+  nb::class_<mlx_od_moe::PredictorOp>(m, "PredictorOp", R"(The predictor as a lazy MLX operation.
+
+On a CPU stream it runs the native kernels, on a GPU stream MLX's own operations. It composes with
+mx.eval, mx.async_eval and mx.compile; it has no gradient. States that are not finite give NaN.)")
+      .def("__init__", &make_op, "tensors"_a, "config"_a, "routers"_a, "bits"_a, "group_size"_a, "format"_a,
+           "threads"_a)
+      .def("__call__", &mlx_od_moe::PredictorOp::logits, "x"_a, "previous"_a = nb::none(), "context"_a = nb::none(),
+           nb::kw_only(), "stream"_a = nb::none(),
+           nb::sig("def __call__(self, x: mlx.core.array, previous: mlx.core.array | None = None, context: "
+                   "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
+                   "mlx.core.array"),
+           "Logits [..., lookahead, num_experts] (float32) of hidden states [..., hidden_size].")
+      .def("from_ops", &mlx_od_moe::PredictorOp::logits_from_ops, "x"_a, "previous"_a = nb::none(),
+           "context"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none(),
+           nb::sig("def from_ops(self, x: mlx.core.array, previous: mlx.core.array | None = None, context: "
+                   "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
+                   "mlx.core.array"),
+           "The same from MLX's own operations, whatever the stream.")
+      .def("predict", &mlx_od_moe::PredictorOp::predict, "x"_a, "k"_a, "previous"_a = nb::none(),
+           "context"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none(),
+           nb::sig("def predict(self, x: mlx.core.array, k: int, previous: mlx.core.array | None = None, context: "
+                   "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
+                   "mlx.core.array"),
+           "Expert ids [..., lookahead, k] (uint32), best first.");
 
   bind_prediction_queue(m);
   bind_shadow_runner(m);

@@ -185,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _demo_flags(flag: Any) -> None:
     flag("--out", default="demo-output", help="directory for all that is made")
-    flag("--tokens", type=int, default=24_000, help="tokens to record for training")
+    flag("--tokens", type=int, default=32_000, help="tokens to record for training")
     flag("--epochs", type=int, default=5)
 
 

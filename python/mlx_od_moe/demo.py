@@ -14,6 +14,9 @@ from .report import plot, table
 from .training import FitOptions, TrainingOptions, collect_expert_usage, train_shadow_model
 
 PREDICTOR_SIZE = 512  # the model's hidden size is 192
+# Of the candidates these two always won on this model, and with few samples the router's own
+# probabilities teach more than its choices: recall@8 +.02 one layer ahead.
+CANDIDATES, LOSS = ("mlp+gate+previous", "gate"), "kl"
 
 
 def demo(out: Path, tokens: int, epochs: int, jobs: int) -> None:
@@ -41,7 +44,11 @@ def demo(out: Path, tokens: int, epochs: int, jobs: int) -> None:
     say(f"recorded {training.samples:,} tokens to train on, {unseen.samples:,} of unseen text")
     predictor = out / "predictor.safetensors"
     if not predictor.exists():
-        options = TrainingOptions(predictor_size=PREDICTOR_SIZE, fit=FitOptions(epochs=epochs))
+        options = TrainingOptions(
+            predictor_size=PREDICTOR_SIZE,
+            candidates=CANDIDATES,
+            fit=FitOptions(epochs=epochs, loss=LOSS),
+        )
         train_shadow_model(training.path, predictor, options, jobs=jobs)
     say("trained one predictor per layer")
     result = evaluate(predictor, unseen.path, training.path, jobs=jobs)
