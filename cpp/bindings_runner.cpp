@@ -305,7 +305,7 @@ void bind_shadow_runner(nb::module_& m) {
       .def(nb::init<const std::map<int, std::pair<Predictor, std::vector<int>>>&, const std::vector<int>&,
                     std::optional<int>, int, std::shared_ptr<PredictionQueue>, nb::object>(),
            "predictors"_a, "moe_layers"_a, "k"_a.none(), "capacity"_a, "queue"_a.none(), "on_prediction"_a.none())
-      .def("predict_async", &Runner::predict_async, "hidden_states"_a, "current_layer"_a, "step"_a = nb::none(),
+      .def("predict_async", &Runner::predict_async, "hidden_states"_a.none(), "current_layer"_a, "step"_a = nb::none(),
            "previous"_a = nb::none(), "context"_a = nb::none(),
            nb::sig("def predict_async(self, hidden_states: object, current_layer: int, step: int | None = None, "
                    "previous: object | None = None, context: object | None = None) -> int"),

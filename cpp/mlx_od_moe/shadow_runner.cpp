@@ -339,12 +339,16 @@ ShadowRunner::ShadowRunner(std::vector<LayerPredictor> predictors, std::vector<i
       worker_(std::make_shared<Worker>(std::move(predictors), std::move(moe_layers), options, std::move(queue),
                                        std::move(on_prediction))) {
   const SignalsBlocked blocked;
-  thread_ = std::thread([worker = worker_] { worker->run(); });
+  thread_ = std::make_unique<std::thread>([worker = worker_] { worker->run(); });
 }
 
 ShadowRunner::~ShadowRunner() {
   close();
-  if (thread_.joinable()) thread_.detach();  // of a forked child's parent, or the one that we are on
+  if (!worker_->has_thread()) {
+    thread_.release();  // can be neither joined nor detached here
+  } else if (thread_->joinable()) {
+    thread_->detach();  // it is the one that we are on
+  }
 }
 
 uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
@@ -382,7 +386,7 @@ void ShadowRunner::close() {
   if (own_queue_) worker_->queue->close();
   if (on_its_thread()) return;
   const std::lock_guard lock(closing_);
-  if (thread_.joinable()) thread_.join();
+  if (thread_->joinable()) thread_->join();
 }
 
 }  // namespace mlx_od_moe

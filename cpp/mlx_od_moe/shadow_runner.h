@@ -113,7 +113,7 @@ class MLX_OD_MOE_API ShadowRunner {
   const bool own_queue_;
   std::shared_ptr<Worker> worker_;  // the thread's own reference outlives this in a forked child
   std::mutex closing_;
-  std::thread thread_;
+  std::unique_ptr<std::thread> thread_;
 };
 
 }  // namespace mlx_od_moe

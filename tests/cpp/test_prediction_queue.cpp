@@ -26,7 +26,7 @@ PredictionRecord record(uint64_t step, int id) {
 // Every byte follows from `value`: a record put together from two is recognised.
 PredictionRecord sealed(uint32_t value) {
   PredictionRecord r;
-  r.ready_ns = static_cast<int64_t>(value) * 0x9e3779b97f4a7c1;
+  r.ready_ns = static_cast<int64_t>(uint64_t{value} * 0x9e3779b97f4a7c15);
   for (int i = 0; i < PredictionRecord::kMaxIds; ++i) {
     r.ids[i] = static_cast<int16_t>(value * 31 + static_cast<uint32_t>(i));
     r.scores[i] = static_cast<float>(value % 4096) + static_cast<float>(i) / 16;
