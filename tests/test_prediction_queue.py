@@ -167,8 +167,10 @@ def test_threads_of_python_share_a_queue():
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
 def test_keyboard_interrupt_ends_a_wait():
     code = (
-        "import mlx_od_moe; queue = mlx_od_moe.PredictionQueue(); print('ready', flush=True)\n"
-        "try:\n    queue.wait_pop()\nexcept KeyboardInterrupt:\n    print('interrupted')"
+        "import mlx_od_moe, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "queue = mlx_od_moe.PredictionQueue()\n"
+        "try:\n    print('ready', flush=True); queue.wait_pop()\n"
+        "except KeyboardInterrupt:\n    print('interrupted')"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None

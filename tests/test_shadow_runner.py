@@ -477,11 +477,13 @@ def test_keyboard_interrupt_ends_a_wait(tmp_path):
     """The state never comes while the test lasts: its graph is long."""
     code = SETUP + textwrap.dedent(
         """
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         a = mx.random.normal((1500, 1500))
         for _ in range(40): a = (a @ a) * 0.01
         r.predict_async(a[0, :64], 0)
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             r.get_predictions_for_layer(1, None)
         except KeyboardInterrupt:
             print("interrupted", flush=True)

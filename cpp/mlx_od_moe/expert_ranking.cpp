@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "mlx_od_moe/kernels/select.h"
-
 namespace mlx_od_moe {
 namespace {
 
@@ -53,7 +51,7 @@ void ExpertRanking::rank_token(const Predictor& predictor, const Query& query, i
   predictor.logits(query, logits_.data());
   for (size_t d = 0; d < distances; ++d) {
     const float* scores = logits_.data() + d * size(experts);
-    kernels::select_kernels().top_k(scores, experts, k, candidates_.data(), ids_.data());
+    kernels_.top_k(scores, experts, k, candidates_.data(), ids_.data());
     ranked_.clear();
     for (size_t i = 0; i < size(k); ++i) ranked_.push_back({ids_[i], scores[ids_[i]]});
     publish(d, ranked_);
@@ -68,7 +66,7 @@ void ExpertRanking::count_chunk(const Predictor& predictor, const Query& chunk, 
     const size_t d = row % size(config.lookahead);
     if (d >= distances) continue;
     const float* scores = logits_.data() + row * experts;
-    kernels::select_kernels().top_k(scores, config.num_experts, k, candidates_.data(), ids_.data());
+    kernels_.top_k(scores, config.num_experts, k, candidates_.data(), ids_.data());
     for (int rank = 0; rank < k; ++rank) {
       Demand& demand = demand_[d * experts + size(ids_[size(rank)])];
       ++demand.tokens;

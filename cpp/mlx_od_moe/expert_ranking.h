@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "mlx_od_moe/kernels/select.h"
 #include "mlx_od_moe/prediction_table.h"
 #include "mlx_od_moe/predictor.h"
 
@@ -39,6 +40,7 @@ class ExpertRanking {
   void count_chunk(const Predictor& predictor, const Query& chunk, int k, size_t distances);
   void rank_demand(size_t experts, size_t distance, const Publish& publish);
 
+  const kernels::KernelSet& kernels_ = kernels::select_kernels();
   std::vector<float> logits_;
   std::vector<int32_t> ids_, candidates_;
   std::vector<Demand> demand_;  // [distances, experts]

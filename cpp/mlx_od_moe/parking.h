@@ -9,7 +9,8 @@
 // Errors     None, but what `ready` throws.
 // Units      Deadlines by std::chrono::steady_clock.
 // Costs      A notice that finds nobody: one atomic operation. One that wakes: two system calls. A wait
-//            spins for up to kSpin on a core that others may want, then sleeps; waking takes 5-60 us.
+//            spins for up to kSpin, then sleeps; waking takes 5-60 us. Where spinning was in vain the next
+//            waits go to sleep at once, but for one in kProbe: what they wait for may need their core.
 #pragma once
 
 #include <pthread.h>
@@ -48,6 +49,7 @@ class Parking {
   using Clock = std::chrono::steady_clock;
   // Bridges one forward of a predictor or two; short against a slice of the scheduler (some milliseconds).
   static constexpr std::chrono::microseconds kSpin{100};
+  static constexpr uint32_t kProbe = 16;
   static constexpr Clock::time_point kForever = Clock::time_point::max();
 
   Parking() : lot_(new Lot) {}
@@ -79,18 +81,25 @@ class Parking {
   };
 
   template <class Ready>
-  static bool spin(Ready& ready, Clock::time_point deadline) {
+  bool spin(Ready& ready, Clock::time_point deadline) {
     if (ready()) return true;
     static const bool alone = std::thread::hardware_concurrency() == 1;
+    const uint32_t vain = vain_.load(std::memory_order_relaxed);
     const Clock::time_point start = Clock::now();
     if (alone || deadline <= start) return false;
-    const Clock::time_point end = deadline - start < kSpin ? deadline : start + kSpin;
-    do {
-      for (int i = 0; i < 16; ++i) {  // the clock is read rarely
-        pause_cpu();
-        if (ready()) return true;
-      }
-    } while (Clock::now() < end);
+    if (vain % kProbe == 0) {
+      const Clock::time_point end = deadline - start < kSpin ? deadline : start + kSpin;
+      do {
+        for (int i = 0; i < 16; ++i) {  // the clock is read rarely
+          pause_cpu();
+          if (ready()) {
+            if (vain != 0) vain_.store(0, std::memory_order_relaxed);
+            return true;
+          }
+        }
+      } while (Clock::now() < end);
+    }
+    vain_.store(vain + 1, std::memory_order_relaxed);
     return false;
   }
 
@@ -138,6 +147,7 @@ class Parking {
 
   std::atomic<Lot*> lot_;
   std::atomic<uint32_t> waiters_{0};
+  std::atomic<uint32_t> vain_{0};  // waits since spinning last helped; a hint, so races do no harm
 };
 
 }  // namespace mlx_od_moe

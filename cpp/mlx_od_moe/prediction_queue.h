@@ -17,6 +17,7 @@
 //            skipped one by one, by whoever pops. See Ring for what a thread that stalls can hide.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -69,7 +70,7 @@ class PredictionQueue {
       return false;
     }
     const auto displaced = [this](PredictionRecord&& old) { count(old.step < step() ? expired_ : dropped_); };
-    if (ring_.push(PredictionRecord(record), displaced) == Pushed::slot_busy) {
+    if (ring_.push(record, displaced) == Pushed::slot_busy) {
       count(refused_, dropped_);
       return false;
     }
@@ -125,7 +126,8 @@ class PredictionQueue {
     const uint64_t refused = refused_.load(std::memory_order_relaxed);
     s.waiting = ring_.size_approx();
     s.pushed = ring_.accepted() + refused;
-    s.popped = ring_.removed() + refused - s.dropped - s.expired;
+    const uint64_t gone = ring_.removed() + refused;
+    s.popped = gone - std::min(gone, s.dropped + s.expired);
     return s;
   }
 

@@ -8,7 +8,7 @@
 //
 // Threads    Any thread may call any method, but for construction and destruction.
 // Ownership  The ring owns what was pushed until it is popped; the destructor destroys what is left.
-//            A value is moved into its slot once and out of it once; never copied.
+//            A value is moved (or, given as an lvalue, copied) into its slot, and moved out of it.
 // Ordering   Order::kRelease on Slot::sequence pairs with Order::kAcquire on it, twice per record: the
 //            producer's publication -> the consumer's claim (the value is complete before it is read),
 //            and the consumer's handing back -> the next producer's claim (it is read before it is
@@ -66,17 +66,18 @@ class Ring {
   Ring& operator=(const Ring&) = delete;
 
   // False, and `value` untouched, where there is no room.
-  bool try_push(T&& value) {
+  template <class U>
+  bool try_push(U&& value) {
     uint64_t position = tail_.load(std::memory_order_relaxed);
     if (claim_free(position) < 0) return false;
-    publish(position, std::move(value));
+    publish(position, std::forward<U>(value));
     return true;
   }
 
   // Where there is no room the oldest value makes some, and goes to `displaced(T&&)`. slot_busy, and
   // `value` untouched: some thread is stopped in the midst of writing or reading that oldest one.
-  template <class Displaced>
-  Pushed push(T&& value, Displaced&& displaced) {
+  template <class U, class Displaced>
+  Pushed push(U&& value, Displaced&& displaced) {
     Pushed result = Pushed::yes;
     uint64_t position = tail_.load(std::memory_order_relaxed);
     while (claim_free(position) < 0) {
@@ -95,7 +96,7 @@ class Ring {
       }
       position = tail_.load(std::memory_order_relaxed);
     }
-    publish(position, std::move(value));
+    publish(position, std::forward<U>(value));
     return result;
   }
 
@@ -155,9 +156,11 @@ class Ring {
   }
 
   // Producer, having claimed the position.
-  void publish(uint64_t position, T&& value) {
+  template <class U>
+  void publish(uint64_t position, U&& value) {
+    static_assert(std::is_nothrow_constructible_v<T, U>);
     Slot& to = slot(position);
-    std::construct_at(reinterpret_cast<T*>(to.bytes), std::move(value));
+    std::construct_at(reinterpret_cast<T*>(to.bytes), std::forward<U>(value));
     to.sequence.store(position + 1, Order::kRelease);
   }
 

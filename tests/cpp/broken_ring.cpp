@@ -22,7 +22,7 @@ int run() {
     PredictionRecord record;
     for (int i = 0; i < kRecords; ++i) {
       record.ready_ns = i;
-      while (!ring.try_push(PredictionRecord(record))) std::this_thread::yield();
+      while (!ring.try_push(record)) std::this_thread::yield();
     }
   });
   int popped = 0;
