@@ -158,7 +158,9 @@ def test_steps_follow_the_layers_and_forget(runner, native):
 def test_queue_and_callback_get_every_prediction(native):
     called = []
     queue = PredictionQueue(64)
-    with ShadowRunner(native, moe_layers=LAYERS, queue=queue, on_prediction=called.append) as runner:
+    with ShadowRunner(
+        native, moe_layers=LAYERS, queue=queue, on_prediction=called.append
+    ) as runner:
         assert runner.queue is queue
         runner.predict_async(state(), 1)
         runner.predict_async(state(), 5)
@@ -388,7 +390,9 @@ r.predict_async(x, 0)
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """A program of its own; it must end by itself."""
     source = SETUP + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
