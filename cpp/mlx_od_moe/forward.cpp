@@ -19,6 +19,9 @@ T* at_least(std::vector<T>& memory, size_t n) {
   return memory.data();
 }
 
+// Between tokens: rows a multiple of 4 KiB apart would share one set of the first-level cache.
+constexpr size_t kGapBytes = 64;
+
 kernels::Type kernel_type(DType dtype) {
   switch (dtype) {
     case DType::float32:
@@ -141,7 +144,7 @@ void Forward::begin_stage(Stage& stage, size_t inputs, int columns, int tokens) 
   const Packing& packing = predictor_->packing;
   const size_t rows = inputs * static_cast<size_t>(tokens);
   const size_t groups = rows * static_cast<size_t>(packing.groups(columns));
-  at_least(stage.prepared, rows * packing.value_bytes(columns));
+  at_least(stage.prepared, rows * (packing.value_bytes(columns) + kGapBytes));
   at_least(stage.scales, groups);
   at_least(stage.sums, groups);
   at_least(stage.offsets, groups);
@@ -152,7 +155,7 @@ void Forward::begin_stage(Stage& stage, size_t inputs, int columns, int tokens) 
 
 kernels::Tokens Forward::prepare(Stage& stage, size_t slot, const float* x, size_t x_stride, int columns, int tokens) {
   const Packing& packing = predictor_->packing;
-  const size_t stride = packing.value_bytes(columns);
+  const size_t stride = packing.value_bytes(columns) + kGapBytes;
   const auto groups = static_cast<size_t>(packing.groups(columns));
   const size_t first = slot * static_cast<size_t>(tokens);
   unsigned char* values = stage.prepared.data() + first * stride;
@@ -221,6 +224,7 @@ void Forward::run_block(int phase, int block, int lane) noexcept {
 // Runs the stage; afterwards lane 0 holds all results.
 void Forward::run_stage(int phase) {
   Stage& stage = stages_[phase];
+  stage.width += static_cast<int>(kGapBytes / sizeof(float));
   const auto width = static_cast<size_t>(stage.width);
   const size_t lane_floats = width * static_cast<size_t>(tokens_);
   at_least(stage.lanes, lane_floats * static_cast<size_t>(lanes_));

@@ -67,7 +67,7 @@ class MLX_OD_MOE_API Predictor {
 
   const PredictorConfig& config() const;
   const PredictorOptions& options() const;
-  const char* kernel() const;  // "avx512", "avx2", "neon" or "scalar"
+  const char* kernel() const;  // "amx", "avx512", "avx2", "neon" or "scalar"
   bool shares_weights_with(const Predictor& other) const { return layer_ == other.layer_; }
   size_t weight_bytes() const;  // read by one forward
 

@@ -214,8 +214,8 @@ struct Int4 {
 
 }  // namespace
 
-// f16 and bf16 come from the AVX2 file: 512-bit conversions are slower than 256-bit ones. Where the
-// CPU has AVX512-BF16, kernels.cpp puts its functions in.
+// Single tokens in f16 and bf16 come from the AVX2 file (512-bit conversions are slower than 256-bit
+// ones), batches of floats from avx512_floats.cpp: see select.cpp.
 const KernelSet kAvx512 = {
     "avx512",
     {multiply<F32>, nullptr, nullptr, multiply<Int8>, multiply<Int4>},

@@ -83,8 +83,10 @@ extern const KernelSet kScalar;
 #if defined(__x86_64__)
 extern const KernelSet kAvx2;
 extern const KernelSet kAvx512;
+extern const Multiply kAvx512BatchF32, kAvx512BatchF16, kAvx512BatchBf16;
 extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-512
 extern const Prepare kAvx512Bf16Prepare;
+extern const Multiply kAmxBf16, kAmxInt8, kAmxInt4;  // Linux: needs the system's permission
 #elif defined(__aarch64__)
 extern const KernelSet kNeon;
 extern const Multiply kNeonDotInt8, kNeonDotInt4;    // for CPUs with dotprod

@@ -4,6 +4,10 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -30,8 +34,9 @@ bool has_avx512() {
 // The AVX-512 table with what other files do better or need more for.
 KernelSet complete_avx512() {
   KernelSet set = kAvx512;
-  set.multiply[kF16] = kAvx2.multiply[kF16];
-  set.multiply[kBf16] = kAvx2.multiply[kBf16];
+  set.multiply[kF32] = kAvx512BatchF32;
+  set.multiply[kF16] = kAvx512BatchF16;
+  set.multiply[kBf16] = kAvx512BatchBf16;
   if (__builtin_cpu_supports("avx512bf16")) {
     set.multiply[kBf16] = kAvx512Bf16Multiply;
     set.prepare[kBf16] = kAvx512Bf16Prepare;
@@ -39,6 +44,29 @@ KernelSet complete_avx512() {
   }
   return set;
 }
+
+#if defined(__linux__)
+// AMX with int8 and bfloat16, and the system's permission to use its registers.
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kWanted = kBf16 | kTile | kInt8;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kWanted) != kWanted) return false;
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+KernelSet complete_amx() {
+  KernelSet set = complete_avx512();
+  set.name = "amx";
+  set.multiply[kBf16] = kAmxBf16;
+  set.multiply[kInt8] = kAmxInt8;
+  set.multiply[kInt4] = kAmxInt4;
+  return set;
+}
+#endif
 #elif defined(__aarch64__)
 
 struct Features {
@@ -92,6 +120,9 @@ const std::vector<KernelSet>& runnable() {
     std::vector<KernelSet> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if defined(__linux__)
+    if (has_amx()) found.push_back(complete_amx());
+#endif
     if (has_avx512()) found.push_back(complete_avx512());
     if (has_avx2()) found.push_back(kAvx2);
 #elif defined(__aarch64__)

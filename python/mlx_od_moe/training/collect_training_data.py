@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from .dummy_traces import DummyTraces
 from .model_traces import Model, ModelTraces, identify
 from .plan import Shard, plan_shards
@@ -28,6 +26,7 @@ from .traces import (
     write_collection,
     write_shard,
 )
+from .workers import progress_bar
 
 Advance = Callable[[int], None]
 
@@ -164,9 +163,7 @@ def _collect(
     paths = [shard_path(out, shard.index) for shard in shards]
     there = sum(check_shard(path, collection) for path in paths if path.exists())
     total = collection["tokens"]
-    bar = tqdm(
-        desc="collect", total=total, initial=there, unit="tok", disable=not progress, smoothing=0.1
-    )
+    bar = progress_bar(total, "collect", "token", progress, done=there)
     with bar, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for shard, path in zip(shards, paths, strict=True):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
@@ -21,10 +22,11 @@ Advance = Callable[[int], None]
 _done: Any = None  # in a worker process: the counter that the parent's bar follows
 
 
-def progress_bar(total: int, what: str, unit: str, shown: bool) -> tqdm[Any]:
+def progress_bar(total: int, what: str, unit: str, shown: bool, done: int = 0) -> tqdm[Any]:
     """A bar with rate and time left on standard error; a line now and then where that is a file."""
     return tqdm(
         total=total,
+        initial=done,
         desc=what,
         unit=unit,
         unit_scale=True,
@@ -69,8 +71,17 @@ def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
     set_blas_threads(1)  # the layers share the cores already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C reaches every process: the parent speaks for all, and checkpoints are written whole.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers: they would train on for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(function: Callable[..., Result], arguments: tuple[Any, ...], layer: int) -> Result:
