@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,49 @@ def test_cpp():
 
 @pytest.mark.timeout(900)
 def test_address_sanitizer():
+<<<<<<< HEAD
     run(str(build(*ADDRESS)))
+=======
+    binary = build("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
+    run(str(binary))
+>>>>>>> main
 
 
 @pytest.mark.timeout(900)
 def test_thread_sanitizer():
     """What threads share: the tests that use more than one."""
+<<<<<<< HEAD
     binary = build(*THREAD)
+=======
+    binary = build("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
+>>>>>>> main
     cases = "*every block*,*a helper that stalls*,*every thread count*,*workers stop*,*threads*"
     run(str(binary), f"--test-case={cases}", TSAN_OPTIONS="halt_on_error=1")
+
+
+def test_kernels_leave_nothing_inline_to_the_linker():
+    """Code for a newer CPU that the linker may pick for all: weak symbols of the kernels' files."""
+    if shutil.which("nm") is None or sys.platform != "linux":
+        pytest.skip("needs nm, and the symbol types of ELF")
+    build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
+    objects = (ROOT / "build" / "cpp-tests").rglob("kernels/*.o")
+    objects = [path for path in objects if path.name.startswith(("avx", "amx", "neon"))]
+    assert objects
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert [line for line in symbols if line.split()[1] in "WVu"] == [], path.name
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates an x86-64 CPU")
+def test_old_cpu_under_emulation():
+    """A CPU without AVX runs the same binary."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None:
+        pytest.skip("apt-get install qemu-user")
+    binary = build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
+    run(emulator, "-cpu", "Nehalem", str(binary), "--test-case-exclude=*stall*,*thread count*")
 
 
 @pytest.mark.timeout(900)

@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_cpp import ADDRESS, RELEASE, THREAD, build, run
 
 from mlx_od_moe import Prediction, PredictionQueue
+from test_cpp import ADDRESS, RELEASE, THREAD, build, run
 
 MODEL = Path(__file__).parent / "model" / "prediction_queue.pml"
 
@@ -23,7 +23,7 @@ def test_cpp(configuration):
 
 @pytest.mark.timeout(900)
 def test_thread_sanitizer_would_tell_of_missing_orders():
-    """The ring with relaxed orders is reported, so silence about the ring itself means something."""
+    """The ring with relaxed orders is reported, so silence about the ring means something."""
     binary = build(*THREAD, target="broken_ring")
     run(str(binary), "with its orders")
     done = subprocess.run([binary], capture_output=True, text=True, timeout=100)
@@ -37,8 +37,8 @@ def search_model(folder: Path, *defines: str) -> str:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if shutil.which("spin") is None or compiler is None:
         pytest.skip("spin or a C compiler is missing: apt-get install spin gcc")
-    compile_it = [compiler, "-O2", "-DSAFETY", "-w", "-o", "pan", "pan.c"]
-    for command in (["spin", *defines, "-a", MODEL], compile_it):
+    compiling = [compiler, "-O2", "-DSAFETY", "-w", "-o", "pan", "pan.c"]
+    for command in (["spin", *defines, "-a", MODEL], compiling):
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=100)
     search = ["./pan", "-m1000000"]
     return subprocess.run(search, cwd=folder, capture_output=True, text=True, timeout=250).stdout
@@ -116,7 +116,7 @@ def test_queue_drops_its_oldest_and_forgets_older_steps():
 
 
 def test_queue_refuses_impossible_capacities():
-    with pytest.raises(ValueError, match="capacity must be 1 .* got 0"):
+    with pytest.raises(ValueError, match=r"capacity must be 1 .* got 0"):
         PredictionQueue(0)
 
 

@@ -278,11 +278,11 @@ def test_wrong_states_are_refused_at_once(runner):
     with pytest.raises(ValueError, match=r"but is \[\]"):
         runner.predict_async(mx.array(1.0), 1)
     for wrong in (np.zeros(64), mx.zeros(64, mx.int32), "state", None, [0.0] * 64):
-        with pytest.raises(TypeError, match="hidden_states must be a numpy array or mx.array"):
+        with pytest.raises(TypeError, match=r"hidden_states must be a numpy array or mx\.array"):
             runner.predict_async(wrong, 1)
     with pytest.raises(ValueError, match=r"k must be 1 \.\.\. 24, got 25"):
         ShadowRunner(new_predictor(), k=25)
-    with pytest.raises(ValueError, match="cannot|can't be part of mx.compile"):
+    with pytest.raises(ValueError, match=r"can't be part of mx\.compile"):
         mx.compile(lambda h: (runner.predict_async(h, 1), h)[1])(mx.zeros(64))
     assert runner.statistics()["submitted"] == 0
 

@@ -63,7 +63,7 @@ def test_shadow_runner():
         # The copy, not the installed package: an editable one is found by a finder of its own.
         "import sys; sys.meta_path = [f for f in sys.meta_path if isinstance(f, type)]\n"
         f"sys.path.insert(0, {str(site)!r})\n"
-        "import mlx_od_moe; assert mlx_od_moe.__file__.startswith(sys.path[0]), mlx_od_moe.__file__\n"
+        "import mlx_od_moe as m; assert m.__file__.startswith(sys.path[0]), m.__file__\n"
         f"exec(open({str(HERE / 'shadow_runner.py')!r}).read())"
     )
     environment = os.environ | {

@@ -3,12 +3,12 @@
 // Threads    Any thread may call any method. In a child process after fork() it works on, without the
 //            threads that waited here before: those stayed with the parent.
 // Ownership  Must outlive every call.
-// Ordering   waiters_, a read-modify-write on both sides (acq_rel): of a waiter's entry and a notice the
-//            later one sees the earlier. So either the notifier sees the waiter and wakes it, or the
+// Ordering   waiters_ (see AsymmetricCounter): either the notifier sees the waiter and wakes it, or the
 //            waiter sees all that the notifier did before, and does not sleep.
 // Errors     None, but what `ready` throws.
 // Units      Deadlines by std::chrono::steady_clock.
-// Costs      A notice that finds nobody: one atomic operation. One that wakes: two system calls. A wait
+// Costs      A notice that finds nobody: a load (without membarrier: one atomic operation). One that wakes: two system
+// calls. A wait
 //            spins for up to kSpin, then sleeps; waking takes 5-60 us. Where spinning was in vain the next
 //            waits go to sleep at once, but for one in kProbe: what they wait for may need their core.
 #pragma once
@@ -21,6 +21,8 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+
+#include "mlx_od_moe/asymmetric_fence.h"
 
 namespace mlx_od_moe {
 
@@ -119,16 +121,16 @@ class Parking {
   }
 
   struct Entry {
-    explicit Entry(std::atomic<uint32_t>& count) : waiters(count) { waiters.fetch_add(1, std::memory_order_acq_rel); }
-    ~Entry() { waiters.fetch_sub(1, std::memory_order_relaxed); }
+    explicit Entry(AsymmetricCounter& count) : waiters(count) { waiters.count_in(); }
+    ~Entry() { waiters.count_out(); }
     Entry(const Entry&) = delete;
     Entry& operator=(const Entry&) = delete;
-    std::atomic<uint32_t>& waiters;
+    AsymmetricCounter& waiters;
   };
 
   // The lot, where someone sleeps in it or is about to.
   Lot* occupied() {
-    if (waiters_.fetch_add(0, std::memory_order_acq_rel) == 0) return nullptr;
+    if (waiters_.count() == 0) return nullptr;
     Lot& lot = this_process();
     // A waiter that has looked in vain holds the mutex until it sleeps.
     const std::lock_guard lock(lot.mutex);
@@ -146,7 +148,7 @@ class Parking {
   }
 
   std::atomic<Lot*> lot_;
-  std::atomic<uint32_t> waiters_{0};
+  AsymmetricCounter waiters_;
   std::atomic<uint32_t> vain_{0};  // waits since spinning last helped; a hint, so races do no harm
 };
 

@@ -9,7 +9,7 @@
 // Ordering   Ring's release -> acquire pairs on each slot's sequence: a record is complete when popped,
 //            and what its producer did before is visible to its consumer. step_ (relaxed) only filters:
 //            a pop that runs while begin_step does may still return a record of the step that ends.
-//            closed_ and records reach sleeping consumers through Parking's waiters_ (acq_rel).
+//            closed_ and records reach sleeping consumers through Parking.
 // Errors     std::invalid_argument, "[PredictionQueue] rule, value", for a bad capacity. Else none.
 // Units      Capacity in records (rounded up to a power of two); times in ns of std::chrono::steady_clock.
 // Costs      128 bytes per record of capacity. try_push and try_pop neither lock, allocate nor make

@@ -128,7 +128,8 @@ class ShadowRunner::Worker {
     for (size_t target : layers_[layer].targets) awaited_[target].fetch_add(1, std::memory_order_relaxed);
     if (pending_.try_push(std::move(number))) {
       work_.notify_one();
-      if (stopping.load(std::memory_order_acquire)) drop_all();  // nobody else may
+      meeting_.fetch_add(1, std::memory_order_acq_rel);
+      if (stopping.load(std::memory_order_acquire)) drop_all();  // the thread may have looked before
     } else {  // the thread was stopped in the midst of taking one, a whole round ago
       drop();
       settle(slot);
@@ -158,7 +159,7 @@ class ShadowRunner::Worker {
       free_.try_push(std::move(number));
       call_back();
     }
-    work_.notify_all();  // meets submit's: either it sees us stopping, or we what it submitted
+    meeting_.fetch_add(1, std::memory_order_acq_rel);  // of two that meet here the later sees what the earlier did
     drop_all();
   }
 
@@ -322,6 +323,7 @@ class ShadowRunner::Worker {
   Parking work_;
   std::vector<std::atomic<int>> awaited_;  // per MoE layer: submissions under way that speak of it
   mutable Parking progress_;
+  std::atomic<uint32_t> meeting_{0};
 
   // The thread's own.
   ExpertRanking ranking_;

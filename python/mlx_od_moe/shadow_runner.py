@@ -21,9 +21,9 @@ _ANY_LAYERS = range(256)
 class ShadowRunner(_ext.ShadowRunner):
     """Predicts which experts the coming layers will use while the model computes.
 
-    Per MoE layer of a forward pass call `predict_async`, which returns at once. Predictions are then
-    had in three ways: `get_predictions_for_layer`, the `queue`, or `on_prediction`. All are of the
-    current step (forward pass) only: there is no answer rather than a stale one.
+    Per MoE layer of a forward pass call `predict_async`, which returns at once. Predictions are
+    then had in three ways: `get_predictions_for_layer`, the `queue`, or `on_prediction`. All are of
+    the current step (forward pass) only: there is no answer rather than a stale one.
 
     predict_async: one thread at a time. All else: any thread. Close it, or use it in a `with`; at
     the interpreter's exit it is closed too. After os.fork() the child must make a new one.
@@ -59,7 +59,7 @@ class ShadowRunner(_ext.ShadowRunner):
         _running.add(self)
 
     def close(self) -> None:
-        """End the thread; hidden states that wait are dropped. Raises what no call has raised yet."""
+        """End the thread; states that wait are dropped. Raises what no call has raised yet."""
         self._close()
         _running.discard(self)
         self._check()
