@@ -92,6 +92,7 @@ std::string represent(const PredictionRecord& r) {
 }  // namespace
 
 void bind_prediction_queue(nb::module_& m) {
+  m.def("_begin_exit", [] { interpreter_exit.begin(); });
   nb::class_<PredictionRecord>(m, "Prediction",
                                R"(Up to 16 experts that one layer's predictor wants at another, best first.
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 CROSS = Path("/usr/aarch64-linux-gnu")  # where Debian installs the cross compiler's libraries
 # A folder of build/, and how it is configured.
 RELEASE = ("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
-ADDRESS = ("cpp-address", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DMLX_OD_MOE_SANITIZE=address")
-THREAD = ("cpp-thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DMLX_OD_MOE_SANITIZE=thread")
+ADDRESS = ("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
+THREAD = ("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
 
 
 def find_doctest() -> str | None:
@@ -57,22 +57,13 @@ def test_cpp():
 
 @pytest.mark.timeout(900)
 def test_address_sanitizer():
-<<<<<<< HEAD
     run(str(build(*ADDRESS)))
-=======
-    binary = build("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
-    run(str(binary))
->>>>>>> main
 
 
 @pytest.mark.timeout(900)
 def test_thread_sanitizer():
     """What threads share: the tests that use more than one."""
-<<<<<<< HEAD
     binary = build(*THREAD)
-=======
-    binary = build("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
->>>>>>> main
     cases = "*every block*,*a helper that stalls*,*every thread count*,*workers stop*,*threads*"
     run(str(binary), f"--test-case={cases}", TSAN_OPTIONS="halt_on_error=1")
 
@@ -81,7 +72,7 @@ def test_kernels_leave_nothing_inline_to_the_linker():
     """Code for a newer CPU that the linker may pick for all: weak symbols of the kernels' files."""
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("needs nm, and the symbol types of ELF")
-    build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
+    build(*RELEASE)
     objects = (ROOT / "build" / "cpp-tests").rglob("kernels/*.o")
     objects = [path for path in objects if path.name.startswith(("avx", "amx", "neon"))]
     assert objects

@@ -115,6 +115,7 @@ _running: weakref.WeakSet[ShadowRunner] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     """Before the interpreter goes: a thread that then asks for it would never return."""
+    _ext._begin_exit()
     running = list(_running)
     for runner in running:
         runner._close()
