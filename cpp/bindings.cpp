@@ -1,4 +1,4 @@
-// The Python extension `_ext`: the module and its predictors; the rest is in the files that bindings.h names.
+// The Python extension `_ext`: the module and its predictors (see bindings.h for the rest).
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -395,7 +395,6 @@ mx.eval, mx.async_eval and mx.compile; it has no gradient. States that are not f
                    "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
                    "mlx.core.array"),
            "Expert ids [..., lookahead, k] (uint32), best first.");
-
   bind_prediction_queue(m);
   bind_shadow_runner(m);
 }
