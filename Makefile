@@ -37,7 +37,7 @@ sanitize: $(VENV)/test.stamp
 	  -k 'sanitizer or cpp-address or cpp-thread' -v
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest $(wildcard benchmarks/bench_*.py) --benchmark-enable --benchmark-only
 
 clean:
 	rm -rf build demo-output $(VENV)
