@@ -1,4 +1,4 @@
-// The Python extension `_ext`: the only file that includes nanobind.
+// The Python extension `_ext`: the module and its predictors (see bindings.h for the rest).
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -13,6 +13,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "bindings.h"
 #include "mlx_od_moe/mlx_ops.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/predictor_file.h"
@@ -394,4 +395,6 @@ mx.eval, mx.async_eval and mx.compile; it has no gradient. States that are not f
                    "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
                    "mlx.core.array"),
            "Expert ids [..., lookahead, k] (uint32), best first.");
+  bind_prediction_queue(m);
+  bind_shadow_runner(m);
 }

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BINARY = Path("tests/cpp/mlx_od_moe_tests")
 CROSS = Path("/usr/aarch64-linux-gnu")  # where Debian installs the cross compiler's libraries
+# A folder of build/, and how it is configured.
+RELEASE = ("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
+ADDRESS = ("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
+THREAD = ("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
 
 
 def find_doctest() -> str | None:
@@ -22,8 +25,8 @@ def find_doctest() -> str | None:
     return None
 
 
-def build(name: str, *options: str) -> Path:
-    """Configure and build the tests in build/NAME (kept, so that a second run is quick)."""
+def build(name: str, *options: str, target: str = "mlx_od_moe_tests") -> Path:
+    """Configure and build the target in build/NAME (kept, so that a second run is quick)."""
     doctest = find_doctest()
     if doctest is None:
         pytest.skip(
@@ -35,10 +38,10 @@ def build(name: str, *options: str) -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator]
     configure += ["-DMLX_OD_MOE_TESTS=ON", f"-DMLX_OD_MOE_DOCTEST={doctest}", *options]
-    for command in (configure, ["cmake", "--build", str(folder), "--target", "mlx_od_moe_tests"]):
+    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / BINARY
+    return folder / "tests" / "cpp" / target
 
 
 def run(*command: str, **environment: str) -> None:
@@ -49,19 +52,18 @@ def run(*command: str, **environment: str) -> None:
 
 
 def test_cpp():
-    run(str(build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")))
+    run(str(build(*RELEASE)))
 
 
 @pytest.mark.timeout(900)
 def test_address_sanitizer():
-    binary = build("cpp-address", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=address")
-    run(str(binary))
+    run(str(build(*ADDRESS)))
 
 
 @pytest.mark.timeout(900)
 def test_thread_sanitizer():
     """What threads share: the tests that use more than one."""
-    binary = build("cpp-thread", "-DCMAKE_CXX_FLAGS=-O1", "-DMLX_OD_MOE_SANITIZE=thread")
+    binary = build(*THREAD)
     cases = "*every block*,*a helper that stalls*,*every thread count*,*workers stop*,*threads*"
     run(str(binary), f"--test-case={cases}", TSAN_OPTIONS="halt_on_error=1")
 
@@ -70,7 +72,7 @@ def test_kernels_leave_nothing_inline_to_the_linker():
     """Code for a newer CPU that the linker may pick for all: weak symbols of the kernels' files."""
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("needs nm, and the symbol types of ELF")
-    build("cpp-tests", "-DCMAKE_BUILD_TYPE=Release", "-DMLX_OD_MOE_WERROR=ON")
+    build(*RELEASE)
     objects = (ROOT / "build" / "cpp-tests").rglob("kernels/*.o")
     objects = [path for path in objects if path.name.startswith(("avx", "amx", "neon"))]
     assert objects

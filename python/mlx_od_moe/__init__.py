@@ -29,9 +29,10 @@ except ImportError as error:
         f"NVIDIA GPU). The cause: {error}"
     ) from error
 
-from ._ext import NativePredictor, is_available  # noqa: E402
+from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
+from .shadow_runner import ShadowRunner  # noqa: E402
 
 __version__ = _metadata.version("mlx-od-moe")
 
@@ -40,7 +41,10 @@ __all__ = [
     "INSTALL_DIR",
     "ExpertPredictor",
     "NativePredictor",
+    "Prediction",
+    "PredictionQueue",
     "PredictorBundle",
     "PredictorConfig",
+    "ShadowRunner",
     "is_available",
 ]

@@ -99,15 +99,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, mx.array], dict
     Raises FileNotFoundError where there is none, and ValueError naming the file and the rule where
     it is truncated, of another kind, or was not written by this package.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"[{path}] no such predictor file")
-    try:
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        tensors, header = loaded
+    with _read(path) as (tensors, header):
         mx.eval(tensors)  # loading is lazy: a file cut short shows only here
-    except Exception as error:
-        raise ValueError(f"[{path}] not a readable safetensors file: {error}") from error
     for key, value in (("format", FORMAT), ("version", str(VERSION)), ("kind", kind)):
         if header.pop(key, None) != value:
             raise ValueError(
@@ -115,6 +108,26 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, mx.array], dict
             )
     with described_by(path):
         return tensors, {key: json.loads(value) for key, value in header.items()}
+
+
+def kind_of(path: str | Path) -> str:
+    """What a file's metadata says it is: "predictor", "bundle", or "" where it says nothing.
+
+    Raises FileNotFoundError where there is none, and ValueError where it is no safetensors file.
+    """
+    with _read(path) as (_, header):
+        return header.get("kind", "")
+
+
+@contextmanager
+def _read(path: str | Path) -> Iterator[tuple[dict[str, mx.array], dict[str, str]]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"[{path}] no such predictor file")
+    try:
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        yield loaded
+    except Exception as error:
+        raise ValueError(f"[{path}] not a readable safetensors file: {error}") from error
 
 
 @contextmanager

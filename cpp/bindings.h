@@ -1,0 +1,7 @@
+// The parts of the extension module, one per file; only these files include nanobind.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_prediction_queue(nanobind::module_& m);
+void bind_shadow_runner(nanobind::module_& m);
