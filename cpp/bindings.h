@@ -5,3 +5,8 @@
 
 void bind_prediction_queue(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
+
+inline void bind_prediction_path(nanobind::module_& m) {
+  bind_prediction_queue(m);
+  bind_shadow_runner(m);
+}
