@@ -80,13 +80,19 @@ def test_ctrl_c_in_training_keeps_the_checkpoint_and_the_next_run_ends_the_same(
     """The process is interrupted for real, in the middle, and started again."""
 
     def train(out: Path) -> list[str]:
-        words = ["train", "--traces", traces, "--out", out, *TRAIN[:3], 40, *TRAIN[4:]]
-        words += ["--patience", 40]
+        words = ["train", "--traces", traces, "--out", out, *TRAIN[:3], 200, *TRAIN[4:]]
+        words += ["--patience", 200]
         return [sys.executable, "-m", "mlx_od_moe", *map(str, words)]
 
     out = tmp_path / "interrupted.safetensors"
     checkpoint = out.with_name(out.name + ".checkpoint")
-    process = subprocess.Popen(train(out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        train(out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a script is born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(checkpoint.glob("layer-*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
