@@ -140,6 +140,7 @@ def test_demo_runs_the_whole_road(tmp_path):
     assert "gate lookahead" in done.stdout
     assert "µs" in done.stdout
     assert (tmp_path / "demo" / "recall.png").exists()
+    assert "methods" in json.loads((tmp_path / "demo" / "evaluation.json").read_text())
     assert (tmp_path / "demo" / "predictor.safetensors").exists()
 
 

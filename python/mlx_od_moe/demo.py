@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def demo(out: Path, tokens: int, epochs: int, jobs: int) -> None:
     say("trained one predictor per layer")
     result = evaluate(predictor, unseen.path, training.path, jobs=jobs)
     plot(result, out / "recall.png")
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     say(f"evaluated on unseen text (fiction and Rust); plot: {out / 'recall.png'}\n")
     print(table(result))
     print(_latency(PredictorBundle.load(predictor)))
