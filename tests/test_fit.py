@@ -127,3 +127,20 @@ def test_frozen_routers_and_scales_do_not_move(traces, tmp_path):
 def test_impossible_options_name_themselves(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         FitOptions(**change)
+
+
+def test_a_full_disk_names_the_checkpoint_and_keeps_the_last_one(traces, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "c.safetensors"
+    save, written = mx.save_safetensors, []
+
+    def full(path: str, *rest) -> None:
+        written.append(path)
+        save(path, *rest)
+        if len(written) == 3:
+            raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match=r"c\.safetensors\] could not be written: \[write\] Unable"):
+        run(traces, checkpoint, FitOptions(epochs=5))
+    assert state_of(checkpoint)["epoch"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]

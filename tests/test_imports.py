@@ -31,7 +31,7 @@ FOUNDATION = {
         "predictor_file",
         "shadow_model",
     },
-    "model_routers": {"moe", "router"},
+    "model_routers": {"moe", "predictor_file", "router"},
 }
 # What is made of the rest, and may import training.
 FRONT = {"baselines", "cli", "demo", "evaluate", "report", "__main__"}

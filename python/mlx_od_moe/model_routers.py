@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .moe import MoELayer, Routing, find_moe_layers, hooked, record_routing, setting
+from .predictor_file import write_safetensors
 from .router import Router, RouterConfig
 
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias", "router_bias")
@@ -79,9 +79,7 @@ def save_routers(path: Path, routers: Mapping[int, LayerRouter]) -> None:
         parts["correction"] = entry.router.get("correction")
         arrays |= {f"{layer}.{part}": value for part, value in parts.items() if value is not None}
     if arrays:
-        temporary = path.with_name(f"{path.stem}.tmp.safetensors")
-        mx.save_safetensors(str(temporary), arrays, next(iter(rules.values())))
-        os.replace(temporary, path)
+        write_safetensors(path, arrays, next(iter(rules.values())))
 
 
 def _rule(config: RouterConfig) -> dict[str, str]:

@@ -80,17 +80,24 @@ def write_tensors(
     path: str | Path, tensors: dict[str, mx.array], kind: str, metadata: dict[str, Any]
 ) -> None:
     """Write `tensors` and `metadata` (any JSON values) to `path`, whole or not at all."""
-    path = Path(path)
-    # The suffix is .safetensors: mx.save_safetensors would add it to any other.
-    partial = path.with_name(f".{path.name}.partial.safetensors")
     header = {"format": FORMAT, "version": str(VERSION), "kind": kind}
     header |= {key: json.dumps(value) for key, value in metadata.items()}
+    write_safetensors(Path(path), tensors, header)
+
+
+def write_safetensors(path: Path, tensors: dict[str, mx.array], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; what lies there stays until it is whole.
+
+    Raises OSError naming the file where that is not possible, on a full disk for instance.
+    """
+    # The suffix is .safetensors: mx.save_safetensors would add it to any other.
+    partial = path.with_name(f".{path.name}.partial.safetensors")
     try:
         mx.save_safetensors(str(partial), tensors, header)
         os.replace(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"[{path}] the predictor could not be written: {error}") from error
+        raise OSError(f"[{path}] could not be written: {error}") from error
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, mx.array], dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..metrics import Recall, rank
+from ..predictor_file import write_safetensors
 from .dataset import LayerDataset, Samples
 from .losses import LOSSES
 from .workers import Advance
@@ -157,9 +158,7 @@ def _write_checkpoint(
     tensors = {f"best.{n}": t for n, t in best.items()}
     tensors |= {f"now.{n}": t for n, t in tree_flatten(predictor.trainable_parameters())}
     tensors |= {f"optimizer.{n}": t for n, t in tree_flatten(optimizer.state)}
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(partial), tensors, {"state": json.dumps(vars(state))})
-    partial.replace(path)
+    write_safetensors(path, tensors, {"state": json.dumps(vars(state))})
 
 
 def _resume(
