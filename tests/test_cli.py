@@ -141,7 +141,12 @@ def test_demo_runs_the_whole_road(tmp_path):
     assert "µs" in done.stdout
     assert (tmp_path / "demo" / "recall.png").exists()
     assert "methods" in json.loads((tmp_path / "demo" / "evaluation.json").read_text())
-    assert (tmp_path / "demo" / "predictor.safetensors").exists()
+    predictor = tmp_path / "demo" / "predictor.safetensors"
+    first = predictor.read_bytes()
+    assert run("demo", "--out", tmp_path / "demo", "--tokens", 1500, "--epochs", 1).returncode == 0
+    assert predictor.read_bytes() == first
+    assert run("demo", "--out", tmp_path / "demo", "--tokens", 1500, "--epochs", 2).returncode == 0
+    assert predictor.read_bytes() != first, "other options train anew"
 
 
 def test_example_script(tmp_path):

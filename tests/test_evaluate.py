@@ -10,7 +10,7 @@ from mlx_od_moe.evaluate import evaluate
 from mlx_od_moe.report import plot, table
 from mlx_od_moe.training import FitOptions, TrainingOptions, train_shadow_model
 from mlx_od_moe.training.dataset import LayerDataset
-from mlx_od_moe.training.train_shadow import validation_documents
+from mlx_od_moe.training.train_shadow import documents_of
 from planted_traces import EXPERTS, TOP_K, plant
 
 OPTIONS = TrainingOptions(
@@ -49,7 +49,7 @@ def test_only_validation_documents_of_the_training_traces_count(result, predicto
     from mlx_od_moe.training import open_traces
 
     info = open_traces(traces)
-    documents = validation_documents(info, PredictorBundle.load(predictor))
+    _, documents = documents_of(info, PredictorBundle.load(predictor))
     assert result["samples"] == len(LayerDataset(info, 1, documents)) < info.samples
 
 

@@ -16,7 +16,7 @@ from mlx_od_moe.training.dataset import LayerDataset, split_documents
 from mlx_od_moe.training.fit import FitOptions, measure
 from mlx_od_moe.training.layer_trainer import CANDIDATES, TrainingOptions
 from mlx_od_moe.training.traces import TraceInfo, write_shard
-from mlx_od_moe.training.train_shadow import train_shadow_model, validation_documents
+from mlx_od_moe.training.train_shadow import documents_of, train_shadow_model
 from planted_traces import TOP_K, plant, routers_of
 
 FIT = FitOptions(epochs=4, batch_size=64, learning_rate=5e-3, seed=1)
@@ -97,7 +97,7 @@ def test_a_distance_where_the_gate_is_better_gets_the_gate(traces, tmp_path, pre
 
 def test_the_report_is_what_the_saved_predictor_scores_on_unseen_documents(traces, trained):
     bundle = PredictorBundle.load(trained)
-    documents = validation_documents(traces, bundle)
+    _, documents = documents_of(traces, bundle)
     assert documents == split_documents(traces, OPTIONS.validation_fraction, FIT.seed)[1]
     for layer, report in reports(bundle).items():
         dataset = LayerDataset(traces, layer, documents, memory_bytes=0)
@@ -106,7 +106,7 @@ def test_the_report_is_what_the_saved_predictor_scores_on_unseen_documents(trace
 
 def test_traces_of_another_seed_have_no_validation_documents(trained, tmp_path):
     other = plant(tmp_path / "other", seed=5)
-    assert validation_documents(other, PredictorBundle.load(trained)) is None
+    assert documents_of(other, PredictorBundle.load(trained)) is None
 
 
 def test_layers_past_the_last_are_absent(traces, trained):

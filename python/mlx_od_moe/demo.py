@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -44,12 +45,12 @@ def demo(out: Path, tokens: int, epochs: int, jobs: int) -> None:
     )
     say(f"recorded {training.samples:,} tokens to train on, {unseen.samples:,} of unseen text")
     predictor = out / "predictor.safetensors"
-    if not predictor.exists():
-        options = TrainingOptions(
-            predictor_size=PREDICTOR_SIZE,
-            candidates=CANDIDATES,
-            fit=FitOptions(epochs=epochs, loss=LOSS),
-        )
+    options = TrainingOptions(
+        predictor_size=PREDICTOR_SIZE,
+        candidates=CANDIDATES,
+        fit=FitOptions(epochs=epochs, loss=LOSS),
+    )
+    if not _is_trained(predictor, options):
         train_shadow_model(training.path, predictor, options, jobs=jobs)
     say("trained one predictor per layer")
     result = evaluate(predictor, unseen.path, training.path, jobs=jobs)
@@ -58,6 +59,14 @@ def demo(out: Path, tokens: int, epochs: int, jobs: int) -> None:
     say(f"evaluated on unseen text (fiction and Rust); plot: {out / 'recall.png'}\n")
     print(table(result))
     print(_latency(PredictorBundle.load(predictor)))
+
+
+def _is_trained(predictor: Path, options: TrainingOptions) -> bool:
+    """Whether the file is there, and was made with these options."""
+    if not predictor.exists():
+        return False
+    made_with = PredictorBundle.load(predictor).training["options"]
+    return bool(made_with == json.loads(json.dumps(dataclasses.asdict(options))))
 
 
 def _latency(bundle: PredictorBundle) -> str:

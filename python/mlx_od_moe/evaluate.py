@@ -15,10 +15,10 @@ from .metrics import Recall, mean_over_layers, rank
 from .model_routers import load_routers
 from .predictor_bundle import PredictorBundle
 from .shadow_model import ExpertPredictor
-from .training.dataset import LayerDataset, split_documents
+from .training.dataset import LayerDataset
 from .training.fit import Scorer, inputs, measure
 from .training.traces import TraceInfo, open_traces
-from .training.train_shadow import fingerprint
+from .training.train_shadow import documents_of
 from .training.workers import Advance, progress_bar, run_layers
 
 METHODS = (
@@ -120,20 +120,14 @@ def _check(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:
 def _split(
     bundle: PredictorBundle, info: TraceInfo, fit_traces: str | Path | None, routers: Path
 ) -> Split:
-    trained_on = bundle.training.get("traces")
-
-    def documents(of: TraceInfo) -> tuple[set[int], set[int]]:
-        options = bundle.training["options"]
-        return split_documents(of, options["validation_fraction"], options["fit"]["seed"])
-
-    if fingerprint(info) == trained_on:
-        training, validation = documents(info)
+    if seen := documents_of(info, bundle):
+        training, validation = seen
         return Split(info, routers, validation, info, training)
     if fit_traces is None:
         return Split(info, routers, None, None, None)
     fit_info = open_traces(fit_traces)
-    same = fingerprint(fit_info) == trained_on
-    return Split(info, routers, None, fit_info, documents(fit_info)[0] if same else None)
+    seen = documents_of(fit_info, bundle)
+    return Split(info, routers, None, fit_info, seen[0] if seen else None)
 
 
 def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance) -> dict[str, Any]:

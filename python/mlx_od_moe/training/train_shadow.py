@@ -107,12 +107,12 @@ def _trainable(traces: TraceInfo, layers: Iterable[int] | None) -> list[int]:
     return sorted(wanted)
 
 
-def validation_documents(traces: TraceInfo, bundle: PredictorBundle) -> set[int] | None:
-    """The documents of `traces` that `bundle` was validated on; None where it saw none of them."""
+def documents_of(traces: TraceInfo, bundle: PredictorBundle) -> tuple[set[int], set[int]] | None:
+    """The documents that trained and those that validated `bundle`; None if not of `traces`."""
     if bundle.training.get("traces") != fingerprint(traces):
         return None
     options = bundle.training["options"]
-    return split_documents(traces, options["validation_fraction"], options["fit"]["seed"])[1]
+    return split_documents(traces, options["validation_fraction"], options["fit"]["seed"])
 
 
 def _open_checkpoint(
