@@ -4,6 +4,7 @@ find_package(Threads REQUIRED)
 # Objects, so that the tests see what the shared library hides.
 add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
+  cpp/mlx_od_moe/eviction.cpp
   cpp/mlx_od_moe/expert_ranking.cpp
   cpp/mlx_od_moe/forward.cpp
   cpp/mlx_od_moe/json.cpp
