@@ -38,6 +38,10 @@ struct ExpertLayer {
   std::vector<std::vector<Extent>> extents;
   // CRC-32C of each expert's parts, one after the other; empty where the file has none.
   std::vector<uint32_t> checksums;
+  // In the packed layout each expert's extents follow each other without a gap, and the file holds this
+  // many bytes from its first one on. Those offsets and this number are multiples of 4096 at least, so
+  // that one direct read takes all. Otherwise 0.
+  uint64_t block_bytes = 0;
 
   uint64_t expert_bytes() const {
     uint64_t bytes = 0;

@@ -1,0 +1,145 @@
+#include "mlx_od_moe/request_schedule.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace mlx_od_moe {
+
+RequestSchedule::RequestSchedule(const ExpertLayout& layout, const ExpertSlots& slots, const std::string& policy,
+                                 int prefetchers, uint64_t prefetch_bytes)
+    : layout_(layout), prefetchers_(prefetchers), prefetch_bytes_(prefetch_bytes) {
+  for (size_t i = 0; i < layout.layers.size(); ++i) {
+    const ExpertLayer& layer = layout.layers[i];
+    std::vector<uint64_t> seen(static_cast<size_t>(layer.num_experts));
+    layers_.push_back({ResidentExperts(layer, slots.slots(i), policy), std::move(seen), {}, {}});
+  }
+}
+
+void RequestSchedule::add(ExpertRequest& request, std::span<const int32_t> ids) {
+  Layer& layer = layers_[request.layer];
+  ++requests_;
+  for (int32_t id : ids) {
+    uint64_t& seen = layer.seen[static_cast<size_t>(id)];
+    if (std::exchange(seen, requests_) != requests_) request.experts.push_back(id);
+  }
+  check_fits(request);
+  layer.experts.begin_pass(request.experts, step_);
+  current_ = request.layer;
+  if (!admit(request)) layer.waiting.push_back(&request);
+}
+
+void RequestSchedule::check_fits(const ExpertRequest& request) const {
+  const ResidentExperts& experts = layers_[request.layer].experts;
+  const size_t n = request.experts.size();
+  if (n <= static_cast<size_t>(experts.slots())) return;
+  throw std::invalid_argument("[ExpertStore] layer " + std::to_string(layout_.layers[request.layer].layer) + " has " +
+                              std::to_string(experts.slots()) + " slots, but one call asks for " + std::to_string(n) +
+                              " experts: they take " + std::to_string(n * experts.expert_bytes()) +
+                              " bytes of this layer");
+}
+
+// Slots and leases for all experts of a request, or for none.
+bool RequestSchedule::admit(ExpertRequest& request) {
+  Layer& layer = layers_[request.layer];
+  if (!layer.experts.has_room(request.experts)) return false;
+  reads_.clear();
+  const int missing = layer.experts.lease(request.experts, reads_);
+  request.admitted = true;
+  if (missing > 0) layer.loading.push_back(&request);
+  const auto& extents = layout_.layers[request.layer].extents;
+  const auto place = [&](int expert) {
+    const std::vector<Extent>& e = extents[static_cast<size_t>(expert)];
+    return e.empty() ? std::pair<int32_t, uint64_t>() : std::pair(e[0].file, e[0].offset);
+  };
+  std::sort(reads_.begin(), reads_.end(), [&](int a, int b) { return place(a) < place(b); });
+  for (int expert : reads_) demands_.push_back({request.layer, expert, Cause::demand});
+  request.pending.store(missing, std::memory_order_release);
+  return true;
+}
+
+void RequestSchedule::admit_waiting(Layer& layer) {
+  while (!layer.waiting.empty() && admit(*layer.waiting.front())) layer.waiting.erase(layer.waiting.begin());
+}
+
+void RequestSchedule::release(ExpertRequest& request) {
+  Layer& layer = layers_[request.layer];
+  if (request.admitted) {
+    for (int expert : request.experts) layer.experts.release(expert);
+  }
+  std::erase(request.admitted ? layer.loading : layer.waiting, &request);
+  admit_waiting(layer);
+}
+
+int RequestSchedule::predict(size_t layer, std::span<const int32_t> ids, std::span<const float> scores,
+                             uint64_t step) {
+  if (step < step_) return 0;
+  int accepted = 0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    accepted += layers_[layer].experts.predict(ids[i], scores.empty() ? 0.0F : scores[i], step);
+  }
+  return accepted;
+}
+
+void RequestSchedule::begin_step(uint64_t step) {
+  if (step <= step_) return;
+  step_ = step;
+  for (Layer& layer : layers_) layer.experts.cancel(step);
+}
+
+std::optional<ExpertRead> RequestSchedule::next() {
+  if (demands_.empty()) return next_prefetch();
+  const ExpertRead read = demands_.front();
+  demands_.pop_front();
+  return read;
+}
+
+bool RequestSchedule::has_more() const {
+  const auto queued = [](const Layer& layer) { return layer.experts.queued() > 0; };
+  return !demands_.empty() ||
+         (prefetching_ < prefetchers_ && std::any_of(layers_.begin(), layers_.end(), queued));
+}
+
+std::optional<ExpertRead> RequestSchedule::next_prefetch() {
+  if (prefetching_ >= prefetchers_) return std::nullopt;
+  uint64_t room = prefetch_bytes_;
+  for (const Layer& layer : layers_) room -= std::min(room, layer.experts.speculative_bytes());
+  for (const bool later : {false, true}) {
+    for (size_t ahead = 0; ahead < layers_.size(); ++ahead) {
+      const size_t i = (current_ + ahead) % layers_.size();
+      Layer& layer = layers_[i];
+      if (layer.experts.queued() == 0 || !layer.waiting.empty()) continue;
+      const int expert = layer.experts.best_queued(step_, later);
+      if (expert < 0) continue;
+      if (layer.experts.expert_bytes() > room) return std::nullopt;
+      if (!layer.experts.begin_prefetch(expert)) continue;
+      ++prefetching_;
+      return ExpertRead{i, expert, Cause::prefetch};
+    }
+  }
+  return std::nullopt;
+}
+
+void RequestSchedule::finish(const ExpertRead& read, const std::shared_ptr<const ExpertReadError>& error) {
+  Layer& layer = layers_[read.layer];
+  layer.experts.finish(read.expert, read.cause, error == nullptr);
+  if (read.cause == Cause::prefetch) --prefetching_;
+  std::erase_if(layer.loading, [&](ExpertRequest* request) { return settles(*request, layer, read.expert, error); });
+  admit_waiting(layer);
+}
+
+// Tells a request that an expert has come, or won't. True: it waits no longer.
+bool RequestSchedule::settles(ExpertRequest& request, Layer& layer, int expert,
+                              const std::shared_ptr<const ExpertReadError>& error) {
+  if (std::find(request.experts.begin(), request.experts.end(), expert) == request.experts.end()) return false;
+  if (!error) return request.pending.fetch_sub(1, std::memory_order_acq_rel) == 1;
+  for (int held : request.experts) {
+    if (held != expert) layer.experts.release(held);
+  }
+  request.experts.clear();
+  request.error = error;
+  request.pending.store(0, std::memory_order_release);
+  return true;
+}
+
+}  // namespace mlx_od_moe
