@@ -215,7 +215,8 @@ void ExpertReader::check_unchanged(const Target& target, const Extent& extent) {
 
 void ExpertReader::check_sum(const Target& target) {
   uint32_t sum = 0;
-  for (size_t p = 0; p < target.layer.parts.size(); ++p) sum = crc32c(target.parts[p], target.layer.parts[p].bytes, sum);
+  for (size_t p = 0; p < target.layer.parts.size(); ++p)
+    sum = crc32c(target.parts[p], target.layer.parts[p].bytes, sum);
   const uint32_t expected = target.layer.checksums[static_cast<size_t>(target.expert)];
   if (sum == expected || target.extents().empty()) return;
   const Extent& first = target.extents().front();

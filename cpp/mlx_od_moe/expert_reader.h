@@ -58,7 +58,7 @@ struct ReaderOptions {
 
 class ExpertReader {
  public:
-  static constexpr uint64_t kAlignment = 4096;              // of direct reads
+  static constexpr uint64_t kAlignment = 4096;                 // of direct reads
   static constexpr uint64_t kDirectBytes = uint64_t{4} << 20;  // of one of them, at most
 
   // A thread's own memory, for all its reads.

@@ -184,9 +184,8 @@ class ExpertStore::Core {
       if (const std::optional<ExpertRead> read = next()) {
         finish(*read, attempt(*read, scratch));
       } else {
-        idle_.wait([&] {
-          return work_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_acquire);
-        });
+        idle_.wait(
+            [&] { return work_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_acquire); });
       }
     }
   }
@@ -235,7 +234,7 @@ class ExpertStore::Core {
   const uint32_t forks_ = fork_count();
   ExpertReader reader_;
   mutable std::mutex mutex_;
-  RequestSchedule schedule_;  // guarded by it
+  RequestSchedule schedule_;       // guarded by it
   std::atomic<uint32_t> work_{0};  // changes where a reader may find something to do
   std::atomic<bool> stopping_{false};
   Parking idle_, arrivals_;
@@ -245,11 +244,14 @@ class ExpertStore::Core {
 
 ExpertLease::ExpertLease(std::unique_ptr<State> state) : state_(std::move(state)) {}
 ExpertLease::ExpertLease(ExpertLease&&) noexcept = default;
+ExpertLease::~ExpertLease() { release(); }
 ExpertLease& ExpertLease::operator=(ExpertLease&& other) noexcept {
   release();
   state_ = std::move(other.state_);
   return *this;
 }
+
+bool ExpertLease::ready() const { return state_ && state_->settled(); }
 
 bool ExpertLease::wait(Clock::time_point deadline) {
   if (!state_) throw std::logic_error("[ExpertLease] was released");

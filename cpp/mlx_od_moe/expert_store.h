@@ -53,8 +53,10 @@ class MLX_OD_MOE_API ExpertLease {
 
   ExpertLease(ExpertLease&&) noexcept;
   ExpertLease& operator=(ExpertLease&&) noexcept;
-  ~ExpertLease() { release(); }
+  ~ExpertLease();
 
+  // Whether wait() would return, or throw, at once.
+  bool ready() const;
   // Until all are resident. False: the deadline has passed first.
   bool wait(Clock::time_point deadline = Parking::kForever);
   // Of an acquired expert, once wait() has returned true.

@@ -71,8 +71,7 @@ void RequestSchedule::release(ExpertRequest& request) {
   admit_waiting(layer);
 }
 
-int RequestSchedule::predict(size_t layer, std::span<const int32_t> ids, std::span<const float> scores,
-                             uint64_t step) {
+int RequestSchedule::predict(size_t layer, std::span<const int32_t> ids, std::span<const float> scores, uint64_t step) {
   if (step < step_) return 0;
   int accepted = 0;
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -96,8 +95,7 @@ std::optional<ExpertRead> RequestSchedule::next() {
 
 bool RequestSchedule::has_more() const {
   const auto queued = [](const Layer& layer) { return layer.experts.queued() > 0; };
-  return !demands_.empty() ||
-         (prefetching_ < prefetchers_ && std::any_of(layers_.begin(), layers_.end(), queued));
+  return !demands_.empty() || (prefetching_ < prefetchers_ && std::any_of(layers_.begin(), layers_.end(), queued));
 }
 
 std::optional<ExpertRead> RequestSchedule::next_prefetch() {

@@ -30,10 +30,10 @@ namespace mlx_od_moe {
 
 struct ExpertRequest {
   size_t layer = 0;
-  std::vector<int> experts;     // distinct, as they first came; none once it failed
-  bool admitted = false;        // has slots and leases
-  bool stalled = false;         // was waited for
-  std::atomic<int> pending{1};  // experts that are not there yet
+  std::vector<int> experts;                      // distinct, as they first came; none once it failed
+  bool admitted = false;                         // has slots and leases
+  bool stalled = false;                          // was waited for
+  std::atomic<int> pending{1};                   // experts that are not there yet
   std::shared_ptr<const ExpertReadError> error;  // set before pending becomes 0
 
   bool settled() const { return pending.load(std::memory_order_acquire) == 0; }
@@ -71,7 +71,7 @@ class RequestSchedule {
  private:
   struct Layer {
     ResidentExperts experts;
-    std::vector<uint64_t> seen;          // by expert: the number of the request that named it last
+    std::vector<uint64_t> seen;           // by expert: the number of the request that named it last
     std::vector<ExpertRequest*> loading;  // wait for experts
     std::vector<ExpertRequest*> waiting;  // for slots, first come first served
   };

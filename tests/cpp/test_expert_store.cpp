@@ -1,0 +1,404 @@
+#include "mlx_od_moe/expert_store.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "mlx_od_moe/eviction.h"
+#include "packed_experts.h"
+
+using namespace mlx_od_moe;
+using namespace mlx_od_moe::tests;
+using std::chrono::milliseconds;
+
+namespace {
+
+using Ids = std::vector<int32_t>;
+
+// A store over two layers of eight experts, 1 and 3, whose disk the test commands.
+struct Rig {
+  explicit Rig(int slots = 4, int readers = 2, StoreOptions options = {}, int layers = 2) : packed(layers) {
+    file = packed.open();
+    disk = std::make_shared<TestDisk>(file);
+    options.capacity_bytes = static_cast<uint64_t>(slots * layers) * PackedExperts::kBytes;
+    options.readers = readers;
+    options.reader.preadv = [d = disk](int fd, const iovec* parts, int count, off_t offset) {
+      return d->read(fd, parts, count, offset);
+    };
+    store = std::make_unique<ExpertStore>(file, options);
+  }
+
+  // Acquires, compares every byte, and keeps the lease.
+  ExpertLease acquire(int layer, const Ids& ids) {
+    Ids slots(ids.size(), -1);
+    ExpertLease lease = store->acquire(layer, ids, slots);
+    for (size_t i = 0; i < ids.size(); ++i) CHECK(PackedExperts::holds(*store, layer, ids[i], slots[i]));
+    return lease;
+  }
+  void use(int layer, const Ids& ids) { acquire(layer, ids).release(); }
+  int prefetch(int layer, const Ids& ids, uint64_t step = 0, const std::vector<float>& scores = {}) {
+    return store->prefetch(layer, ids, scores, step);
+  }
+  // Until no prefetch is queued or in flight.
+  void settle() {
+    for (;;) {
+      StoreCounters c = store->counters();
+      size_t resident = 0;
+      for (int layer : store->layers()) resident += store->resident(layer).size();
+      const uint64_t brought = c.prefetch_bytes / PackedExperts::kBytes + c.failed_prefetches;
+      if (c.queued == 0 && brought >= c.prefetched) return;
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+  }
+  Ids resident(int layer) const {
+    const std::vector<int> found = store->resident(layer);
+    return {found.begin(), found.end()};
+  }
+
+  PackedExperts packed;
+  std::shared_ptr<const ExpertFile> file;
+  std::shared_ptr<TestDisk> disk;
+  std::unique_ptr<ExpertStore> store;
+};
+
+void check_identities(const StoreCounters& c) {
+  CHECK(c.lookups == c.hits + c.late + c.misses);
+  CHECK(c.prefetched == c.useful + c.late + c.wasted + c.pending);
+  CHECK(c.accepted == c.prefetched + c.overtaken + c.cancelled + c.queued);
+}
+
+}  // namespace
+
+TEST_CASE("acquired experts lie in slots of their own, byte for byte") {
+  Rig rig;
+  Ids ids = {7, 2, 7, 0, 2, 2}, slots(ids.size());
+  const ExpertLease lease = rig.store->acquire(3, ids, slots);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    CHECK(PackedExperts::holds(*rig.store, 3, ids[i], slots[i]));
+    for (size_t j = 0; j < i; ++j) CHECK((slots[i] == slots[j]) == (ids[i] == ids[j]));
+  }
+  CHECK(rig.resident(3) == Ids{0, 2, 7});
+  CHECK(rig.resident(1).empty());
+  const StoreCounters c = rig.store->counters();
+  CHECK(c.lookups == 3);
+  CHECK(c.misses == 3);
+  CHECK(c.demand_bytes == 3 * PackedExperts::kBytes);
+  CHECK(c.stalls == 1);
+  CHECK(c.stall_ns > 0);
+  CHECK(rig.store->counters(1).lookups == 0);
+  check_identities(c);
+}
+
+TEST_CASE("what one call misses is read in the order of the file") {
+  Rig rig(4, 1);
+  rig.use(1, {6, 1, 4, 0});
+  CHECK(rig.disk->begun() == std::vector<std::pair<int, int>>{{1, 0}, {1, 1}, {1, 4}, {1, 6}});
+}
+
+TEST_CASE("resident experts are hits, and the least recently used makes room") {
+  Rig rig(3);
+  rig.use(1, {0, 1, 2});
+  rig.use(1, {0});
+  rig.use(1, {5});
+  CHECK(rig.resident(1) == Ids{0, 2, 5});
+  rig.use(1, {0, 2, 5});
+  const StoreCounters c = rig.store->counters();
+  CHECK(c.lookups == 8);
+  CHECK(c.hits == 4);
+  CHECK(c.evicted == 1);
+  check_identities(c);
+}
+
+TEST_CASE("every policy serves the right bytes") {
+  for (const std::string& policy : eviction_policies()) {
+    StoreOptions options;
+    options.policy = policy;
+    Rig rig(3, 2, options);
+    uint32_t x = 1;
+    for (int i = 0; i < 300; ++i) {
+      x = x * 1664525 + 1013904223;
+      const auto a = static_cast<int32_t>((x >> 8) % 8), b = static_cast<int32_t>((x >> 16) % 8);
+      rig.prefetch(1, {static_cast<int32_t>((x >> 20) % 8)}, 0, {0.5F});
+      rig.use(1, {a, b});
+    }
+    check_identities(rig.store->counters());
+  }
+}
+
+TEST_CASE("a lease forbids eviction, and who finds no slot waits for a release") {
+  Rig rig(2);
+  ExpertLease first = rig.acquire(1, {0, 1});
+  ExpertLease second = rig.store->request(1, Ids{1, 2});
+  CHECK_FALSE(second.wait(Parking::Clock::now() + milliseconds(20)));
+  CHECK(rig.resident(1) == Ids{0, 1});
+  first.release();
+  CHECK(second.wait());
+  CHECK(PackedExperts::holds(*rig.store, 1, 1, second.slot(1)));
+  CHECK(PackedExperts::holds(*rig.store, 1, 2, second.slot(2)));
+  // Leases of several calls add up.
+  {
+    const ExpertLease third = rig.acquire(1, {1});
+    second.release();
+    const ExpertLease other = rig.acquire(1, {5});
+    CHECK(rig.resident(1) == Ids{1, 5});
+  }
+  check_identities(rig.store->counters());
+}
+
+TEST_CASE("a request that is given up frees what waits behind it") {
+  Rig rig(2);
+  ExpertLease first = rig.acquire(1, {0, 1});
+  ExpertLease second = rig.store->request(1, Ids{2, 3});
+  ExpertLease third = rig.store->request(1, Ids{4});
+  second.release();
+  first.release();
+  CHECK(third.wait());
+  CHECK(PackedExperts::holds(*rig.store, 1, 4, third.slot(4)));
+}
+
+TEST_CASE("a prefetched expert is useful, an unused one wasted once it is evicted") {
+  Rig rig(2);
+  CHECK(rig.prefetch(1, {3, 4}) == 2);
+  rig.settle();
+  StoreCounters c = rig.store->counters();
+  CHECK(c.prefetched == 2);
+  CHECK(c.pending == 2);
+  rig.use(1, {3});
+  rig.use(1, {5, 6});
+  c = rig.store->counters();
+  CHECK(c.useful == 1);
+  CHECK(c.wasted == 1);
+  CHECK(c.pending == 0);
+  CHECK(c.useful_bytes == PackedExperts::kBytes);
+  CHECK(c.wasted_bytes == PackedExperts::kBytes);
+  CHECK(c.prefetch_bytes == 2 * PackedExperts::kBytes);
+  CHECK(c.demand_bytes == 2 * PackedExperts::kBytes);
+  CHECK(c.non_resident_recall() == doctest::Approx(1.0 / 3));
+  check_identities(c);
+}
+
+TEST_CASE("a prediction of what is resident, loading or queued costs no read") {
+  Rig rig(4, 1);
+  rig.use(1, {0});
+  CHECK(rig.prefetch(1, {0}) == 0);
+  rig.disk->shut();
+  CHECK(rig.prefetch(1, {1, 2, 2}) == 2);
+  rig.disk->wait_for_reads(2);
+  CHECK(rig.prefetch(1, {1, 2}) == 0);
+  rig.disk->open();
+  rig.settle();
+  CHECK(rig.disk->begun().size() == 3);
+}
+
+TEST_CASE("a lookup joins a prefetch in flight, and is late") {
+  Rig rig;
+  rig.disk->shut();
+  rig.prefetch(1, {3});
+  rig.disk->wait_for_reads(1);
+  ExpertLease lease = rig.store->request(1, Ids{3});
+  ExpertLease again = rig.store->request(1, Ids{3});
+  CHECK_FALSE(lease.wait(Parking::Clock::now() + milliseconds(5)));
+  rig.disk->open();
+  CHECK(lease.wait());
+  CHECK(again.wait());
+  CHECK(rig.disk->begun().size() == 1);
+  const StoreCounters c = rig.store->counters();
+  CHECK(c.late == 1);
+  CHECK(c.misses == 1);  // the second joined what was a demand by then
+  CHECK(c.useful_bytes == PackedExperts::kBytes);
+  check_identities(c);
+}
+
+TEST_CASE("demand is read before prefetch, and overtakes what is queued") {
+  Rig rig(4, 1);
+  rig.disk->shut();
+  rig.prefetch(1, {7});
+  rig.disk->wait_for_reads(1);
+  rig.prefetch(3, {0, 1, 2});
+  ExpertLease lease = rig.store->request(3, Ids{2, 5});
+  rig.disk->open();
+  CHECK(lease.wait());
+  CHECK(rig.disk->begun() == std::vector<std::pair<int, int>>{{1, 7}, {3, 2}, {3, 5}});
+  const StoreCounters c = rig.store->counters();
+  CHECK(c.overtaken == 1);
+  CHECK(c.cancelled == 2);  // the layer's turn has come without them
+  check_identities(c);
+}
+
+TEST_CASE("the soonest layer is prefetched first, the best score of it, later steps last") {
+  Rig rig(4, 1, {}, 4);  // layers 1, 3, 5, 7
+  rig.use(3, {0});
+  rig.disk->shut();
+  rig.prefetch(7, {0});
+  rig.disk->wait_for_reads(2);
+  rig.prefetch(1, {1, 2});
+  rig.prefetch(5, {3}, 1);
+  rig.prefetch(7, {4, 5}, 0, {0.25F, 0.75F});
+  rig.prefetch(5, {6});
+  rig.disk->open();
+  rig.settle();
+  CHECK(rig.disk->begun() ==
+        std::vector<std::pair<int, int>>{{3, 0}, {7, 0}, {5, 6}, {7, 5}, {7, 4}, {1, 1}, {1, 2}, {5, 3}});
+}
+
+TEST_CASE("a newer step drops what is queued, not what it has queued itself") {
+  Rig rig(4, 1);
+  rig.disk->shut();
+  rig.prefetch(1, {7});
+  rig.disk->wait_for_reads(1);
+  rig.prefetch(1, {0, 1});
+  rig.prefetch(3, {2}, 1);
+  rig.store->cancel(1);
+  CHECK(rig.store->step() == 1);
+  CHECK(rig.prefetch(1, {4}, 0) == 0);
+  rig.store->cancel(0);
+  CHECK(rig.store->step() == 1);
+  rig.disk->open();
+  rig.settle();
+  CHECK(rig.disk->begun() == std::vector<std::pair<int, int>>{{1, 7}, {3, 2}});
+  const StoreCounters c = rig.store->counters();
+  CHECK(c.cancelled == 2);
+  check_identities(c);
+}
+
+TEST_CASE("a prefetch evicts neither what is leased nor what is predicted") {
+  StoreOptions options;
+  options.prefetch_bytes = 100 * PackedExperts::kBytes;
+  Rig rig(3, 2, options);
+  rig.use(1, {0, 1, 2});
+  const ExpertLease lease = rig.acquire(1, {2});
+  rig.prefetch(1, {1});        // resident: protected
+  rig.prefetch(1, {5, 6, 7});  // room for one of them, in place of 0
+  while (rig.store->counters().prefetched < 1) std::this_thread::sleep_for(milliseconds(1));
+  std::this_thread::sleep_for(milliseconds(20));
+  CHECK(rig.resident(1) == Ids{1, 2, 5});
+  CHECK(rig.store->counters().queued == 2);
+  check_identities(rig.store->counters());
+}
+
+TEST_CASE("prefetches stay within their budget until what they brought is used or passed by") {
+  StoreOptions options;
+  options.prefetch_bytes = 2 * PackedExperts::kBytes;
+  Rig rig(6, 3, options);
+  rig.prefetch(1, {0, 1, 2});
+  while (rig.store->counters().prefetched < 2) std::this_thread::sleep_for(milliseconds(1));
+  std::this_thread::sleep_for(milliseconds(20));
+  CHECK(rig.store->counters().prefetched == 2);
+  rig.prefetch(3, {4, 5});
+  rig.use(1, {7});  // the turn of layer 1: what is queued for it is dropped, and its budget is free
+  rig.settle();
+  CHECK(rig.resident(3) == Ids{4, 5});
+  check_identities(rig.store->counters());
+}
+
+TEST_CASE("one reader of several is kept for demand") {
+  Rig rig(4, 3);
+  rig.disk->shut();
+  rig.prefetch(1, {0, 1, 2});
+  rig.disk->wait_for_reads(2);
+  ExpertLease lease = rig.store->request(3, Ids{5});
+  rig.disk->wait_for_reads(3);
+  CHECK(rig.disk->begun().back() == std::pair(3, 5));
+  rig.disk->open();
+  CHECK(lease.wait());
+}
+
+TEST_CASE("pools are the caller's where he lends them") {
+  PackedExperts packed;
+  std::vector<std::vector<std::vector<std::byte>>> memory(2);
+  Pools pools(2);
+  for (size_t i = 0; i < 2; ++i) {
+    for (size_t bytes : PackedExperts::kParts) memory[i].emplace_back(3 * bytes);
+    for (auto& part : memory[i]) pools[i].push_back(part.data());
+  }
+  StoreOptions options;
+  options.slots = {3, 2};
+  ExpertStore store(packed.open(), options, pools);
+  CHECK(store.capacity_bytes() == 5 * PackedExperts::kBytes);
+  Ids ids = {6, 1}, slots(2);
+  const ExpertLease lease = store.acquire(3, ids, slots);
+  const std::vector<std::byte> expected = PackedExperts::content(3, 6);
+  const auto first = memory[1][0].begin() + slots[0] * 1000;
+  CHECK(std::equal(first, first + 1000, expected.begin()));
+}
+
+TEST_CASE("pools of its own are page-aligned, and every slot of every part has its own bytes") {
+  Rig rig(4);
+  for (size_t part = 0; part < 3; ++part) {
+    CHECK(reinterpret_cast<uintptr_t>(rig.store->address(1, part, 0)) % 4096 == 0);
+    CHECK(rig.store->address(1, part, 1) - rig.store->address(1, part, 0) ==
+          static_cast<std::ptrdiff_t>(PackedExperts::kParts[part]));
+  }
+}
+
+TEST_CASE("capacity is divided evenly, and no layer has more slots than experts") {
+  PackedExperts packed(3, 5);
+  const auto file = packed.open();
+  const uint64_t bytes = PackedExperts::kBytes;
+  CHECK(partition_slots(file->layout(), 7 * bytes, 2) == std::vector<int>{2, 2, 2});
+  CHECK(partition_slots(file->layout(), 9 * bytes - 1) == std::vector<int>{2, 2, 2});
+  CHECK(partition_slots(file->layout(), 9 * bytes) == std::vector<int>{3, 3, 3});
+  CHECK(partition_slots(file->layout(), 1000 * bytes, 5) == std::vector<int>{5, 5, 5});
+  CHECK_THROWS_WITH_AS(partition_slots(file->layout(), 6 * bytes - 1, 2),
+                       "[ExpertStore] capacity must be at least 36576 bytes, 2 of the experts of each layer; got 36575",
+                       std::invalid_argument);
+}
+
+TEST_CASE("a disk model delays reads by bandwidth and latency") {
+  StoreOptions options;
+  options.reader.disk = DiskModel{PackedExperts::kBytes * 100.0, milliseconds(5)};  // 10 ms an expert
+  Rig rig(4, 2, options);
+  const auto start = std::chrono::steady_clock::now();
+  rig.use(1, {0, 1, 2});
+  CHECK(std::chrono::steady_clock::now() - start >= milliseconds(35));
+}
+
+TEST_CASE("direct reads bring the same bytes") {
+  StoreOptions options;
+  options.reader.direct_io = true;
+  options.reader.verify = true;
+  std::unique_ptr<Rig> rig;
+  try {
+    rig = std::make_unique<Rig>(4, 2, options);
+  } catch (const std::system_error& error) {
+    MESSAGE("this file system has no direct reads: " << error.what());
+    return;
+  }
+  rig->use(1, {0, 3, 6, 7});
+  rig->disk->limit(4096);  // short reads go on
+  rig->use(3, {1, 2, 7});
+}
+
+TEST_CASE("wrong use is told clearly") {
+  Rig rig(3);
+  CHECK_THROWS_WITH_AS(rig.use(2, {0}), "[ExpertStore] layer 2 has no experts in this file", std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rig.use(1, {8}), "[ExpertStore] layer 1: expert ids must be 0 ... 7, got 8",
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rig.prefetch(1, {-1}), "[ExpertStore] layer 1: expert ids must be 0 ... 7, got -1",
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(
+      rig.use(1, {0, 1, 2, 3}),
+      "[ExpertStore] layer 1 has 3 slots, but one call asks for 4 experts: they take 24384 bytes of this layer",
+      std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rig.prefetch(1, {0}, 0, {1, 2}), "[ExpertStore] scores must be as many as ids (1), got 2",
+                       std::invalid_argument);
+  StoreOptions options;
+  CHECK_THROWS_WITH_AS(Rig(3, 0, options), "[ExpertStore] readers must be 1 ... 64, got 0", std::invalid_argument);
+  options.policy = "random";
+  CHECK_THROWS_AS(Rig(3, 1, options), std::invalid_argument);
+  options = {};
+  options.slots = {3};
+  CHECK_THROWS_WITH_AS(Rig(3, 1, options), "[ExpertStore] slots must be given for each of 2 layers, got 1",
+                       std::invalid_argument);
+  options.slots = {3, 9};
+  CHECK_THROWS_WITH_AS(Rig(3, 1, options), "[ExpertStore] layer 3: slots must be 1 ... 8, got 9",
+                       std::invalid_argument);
+  rig.use(1, {0});  // and nothing has changed
+  check_identities(rig.store->counters());
+}
