@@ -124,7 +124,7 @@ void bind_expert_store(nb::module_& m) {
     try {
       std::rethrow_exception(thrown);
     } catch (const mlx_od_moe::ExpertReadError& error) {
-      PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what(), error.file()).ptr());
+      PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what(), error.failure().file).ptr());
     } catch (const std::system_error& error) {
       PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
     }

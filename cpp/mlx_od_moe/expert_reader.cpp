@@ -55,15 +55,12 @@ int open_uncached(int, const std::string&) {
 
 }  // namespace
 
-ExpertReadError::ExpertReadError(int error, int layer, int expert, const std::string& file, uint64_t offset,
-                                 const std::string& what)
-    : std::system_error(error, std::generic_category(),
-                        "[ExpertStore] layer " + std::to_string(layer) + ", expert " + std::to_string(expert) + ", " +
-                            file + " at " + std::to_string(offset) + ": " + what),
-      layer_(layer),
-      expert_(expert),
-      file_(file),
-      offset_(offset) {}
+ExpertReadError::ExpertReadError(ReadFailure failure)
+    : std::system_error(failure.error, std::generic_category(),
+                        "[ExpertStore] layer " + std::to_string(failure.layer) + ", expert " +
+                            std::to_string(failure.expert) + ", " + failure.file + " at " +
+                            std::to_string(failure.offset) + ": " + failure.what),
+      failure_(std::move(failure)) {}
 
 struct ExpertReader::Target {
   const ExpertLayout& layout;
@@ -76,7 +73,7 @@ struct ExpertReader::Target {
     return parts[static_cast<size_t>(extent.part)] + extent.part_offset;
   }
   [[noreturn]] void fail(int error, const Extent& at, uint64_t offset, const std::string& what) const {
-    throw ExpertReadError(error, layer.layer, expert, layout.files[static_cast<size_t>(at.file)], offset, what);
+    throw ExpertReadError({error, layer.layer, expert, layout.files[static_cast<size_t>(at.file)], offset, what});
   }
 };
 

@@ -32,20 +32,24 @@
 
 namespace mlx_od_moe {
 
-// An expert that could not be read, and where.
+// What could not be read, where, and why.
+struct ReadFailure {
+  int error = 0;  // errno
+  int layer = 0;
+  int expert = 0;
+  std::string file;
+  uint64_t offset = 0;
+  std::string what;
+};
+
 class MLX_OD_MOE_API ExpertReadError : public std::system_error {
  public:
-  ExpertReadError(int error, int layer, int expert, const std::string& file, uint64_t offset, const std::string& what);
+  explicit ExpertReadError(ReadFailure failure);
 
-  int layer() const { return layer_; }
-  int expert() const { return expert_; }
-  const std::string& file() const { return file_; }
-  uint64_t offset() const { return offset_; }
+  const ReadFailure& failure() const { return failure_; }
 
  private:
-  int layer_, expert_;
-  std::string file_;
-  uint64_t offset_;
+  ReadFailure failure_;
 };
 
 struct ReaderOptions {

@@ -101,7 +101,7 @@ class ExpertStore::Core {
       check_usable();
       return false;
     }
-    if (request.error) throw ExpertReadError(*request.error);
+    if (request.failure) throw ExpertReadError(*request.failure);
     return true;
   }
 
@@ -203,10 +203,10 @@ class ExpertStore::Core {
   }
 
   // None where it succeeded.
-  std::shared_ptr<const ExpertReadError> attempt(const ExpertRead& read, ExpertReader::Scratch& scratch) {
+  std::shared_ptr<const ReadFailure> attempt(const ExpertRead& read, ExpertReader::Scratch& scratch) {
     const int layer = layers[read.layer];
     const auto failed = [&](const std::string& what) {
-      return std::make_shared<const ExpertReadError>(EIO, layer, read.expert, "its files", 0, what);
+      return std::make_shared<const ReadFailure>(ReadFailure{EIO, layer, read.expert, "its files", 0, what});
     };
     try {
       const int slot_number = slot(read.layer, read.expert);
@@ -215,7 +215,7 @@ class ExpertStore::Core {
       reader_.read(read.layer, read.expert, parts, scratch);
       return nullptr;
     } catch (const ExpertReadError& error) {
-      return std::make_shared<const ExpertReadError>(error);
+      return std::make_shared<const ReadFailure>(error.failure());
     } catch (const std::exception& error) {
       return failed(error.what());
     } catch (...) {
@@ -223,10 +223,10 @@ class ExpertStore::Core {
     }
   }
 
-  void finish(const ExpertRead& read, const std::shared_ptr<const ExpertReadError>& error) {
+  void finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure) {
     {
       const std::lock_guard lock(mutex_);
-      schedule_.finish(read, error);
+      schedule_.finish(read, failure);
     }
     arrivals_.notify_all();
   }

@@ -118,24 +118,24 @@ std::optional<ExpertRead> RequestSchedule::next_prefetch() {
   return std::nullopt;
 }
 
-void RequestSchedule::finish(const ExpertRead& read, const std::shared_ptr<const ExpertReadError>& error) {
+void RequestSchedule::finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure) {
   Layer& layer = layers_[read.layer];
-  layer.experts.finish(read.expert, read.cause, error == nullptr);
+  layer.experts.finish(read.expert, read.cause, failure == nullptr);
   if (read.cause == Cause::prefetch) --prefetching_;
-  std::erase_if(layer.loading, [&](ExpertRequest* request) { return settles(*request, layer, read.expert, error); });
+  std::erase_if(layer.loading, [&](ExpertRequest* request) { return settles(*request, layer, read.expert, failure); });
   admit_waiting(layer);
 }
 
 // Tells a request that an expert has come, or won't. True: it waits no longer.
 bool RequestSchedule::settles(ExpertRequest& request, Layer& layer, int expert,
-                              const std::shared_ptr<const ExpertReadError>& error) {
+                              const std::shared_ptr<const ReadFailure>& failure) {
   if (std::find(request.experts.begin(), request.experts.end(), expert) == request.experts.end()) return false;
-  if (!error) return request.pending.fetch_sub(1, std::memory_order_acq_rel) == 1;
+  if (!failure) return request.pending.fetch_sub(1, std::memory_order_acq_rel) == 1;
   for (int held : request.experts) {
     if (held != expert) layer.experts.release(held);
   }
   request.experts.clear();
-  request.error = error;
+  request.failure = failure;
   request.pending.store(0, std::memory_order_release);
   return true;
 }

@@ -30,11 +30,11 @@ namespace mlx_od_moe {
 
 struct ExpertRequest {
   size_t layer = 0;
-  std::vector<int> experts;                      // distinct, as they first came; none once it failed
-  bool admitted = false;                         // has slots and leases
-  bool stalled = false;                          // was waited for
-  std::atomic<int> pending{1};                   // experts that are not there yet
-  std::shared_ptr<const ExpertReadError> error;  // set before pending becomes 0
+  std::vector<int> experts;                    // distinct, as they first came; none once it failed
+  bool admitted = false;                       // has slots and leases
+  bool stalled = false;                        // was waited for
+  std::atomic<int> pending{1};                 // experts that are not there yet
+  std::shared_ptr<const ReadFailure> failure;  // set before pending becomes 0
 
   bool settled() const { return pending.load(std::memory_order_acquire) == 0; }
 };
@@ -62,8 +62,8 @@ class RequestSchedule {
   std::optional<ExpertRead> next();
   // Whether `next` may have something; it may have nothing all the same.
   bool has_more() const;
-  // `error`: none where it was read.
-  void finish(const ExpertRead& read, const std::shared_ptr<const ExpertReadError>& error);
+  // `failure`: none where it was read.
+  void finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure);
 
   const ResidentExperts& experts(size_t layer) const { return layers_[layer].experts; }
   ResidentExperts& experts(size_t layer) { return layers_[layer].experts; }
@@ -81,7 +81,7 @@ class RequestSchedule {
   void admit_waiting(Layer& layer);
   std::optional<ExpertRead> next_prefetch();
   static bool settles(ExpertRequest& request, Layer& layer, int expert,
-                      const std::shared_ptr<const ExpertReadError>& error);
+                      const std::shared_ptr<const ReadFailure>& failure);
 
   const ExpertLayout& layout_;
   const int prefetchers_;

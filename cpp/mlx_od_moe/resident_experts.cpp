@@ -23,16 +23,18 @@ void ResidentExperts::drop_queued(Drop drop) {
 }
 
 void ResidentExperts::begin_pass(std::span<const int> wanted, uint64_t step) {
-  for (int expert : wanted) {
-    if (!at(expert).queued) continue;
-    at(expert).queued = false;
-    std::erase(queue_, expert);
-    ++counters_.overtaken;
-  }
+  for (int expert : wanted) overtake(expert);
   if (!queue_.empty()) drop_queued([&](const Expert& e) { return e.step <= step; });
   ++pass_;
   speculative_ = 0;
   policy_->next_step();
+}
+
+void ResidentExperts::overtake(int expert) {
+  if (!at(expert).queued) return;
+  at(expert).queued = false;
+  std::erase(queue_, expert);
+  ++counters_.overtaken;
 }
 
 bool ResidentExperts::has_room(std::span<const int> experts) const {
@@ -53,6 +55,7 @@ int ResidentExperts::lease(std::span<const int> experts, std::vector<int>& reads
     if (e.state == State::resident) continue;
     ++missing;
     if (e.state == State::loading) continue;
+    overtake(expert);  // predicted while the request waited for slots
     e.slot = take_slot(Cause::demand);
     e.state = State::loading;
     policy_->inserted(expert, false);

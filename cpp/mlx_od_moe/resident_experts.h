@@ -79,6 +79,7 @@ class ResidentExperts {
 
   Expert& at(int expert) { return experts_[static_cast<size_t>(expert)]; }
   const Expert& at(int expert) const { return experts_[static_cast<size_t>(expert)]; }
+  void overtake(int expert);
   void look_up(int expert);
   void used(Expert& expert);
   int take_slot(Cause cause);
