@@ -268,8 +268,6 @@ class ExpertStore:
 
 def _int32(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
     array = np.asarray(ids)
-    if array.dtype != np.int32:
-        if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(f"[ExpertStore] expert ids must be integers, got {array.dtype}")
-        array = array.astype(np.int32)
-    return np.ascontiguousarray(array)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"[ExpertStore] expert ids must be integers, got {array.dtype}")
+    return np.asarray(array, np.int32, order="C")
