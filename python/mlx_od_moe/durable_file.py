@@ -14,10 +14,15 @@ from ._ext import crc32c
 CHUNK = 16 << 20  # bytes of a file that are in memory at once
 
 
+def partial_path(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
     """A file to write that gets its name once all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with open(partial, "wb") as file:
         yield file
         sync_file(file)

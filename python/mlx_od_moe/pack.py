@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ._ext import crc32c
-from .durable_file import CHUNK, checksum, locked, sync_directory, sync_file, whole_or_absent
+from .durable_file import (
+    CHUNK,
+    checksum,
+    locked,
+    partial_path,
+    sync_directory,
+    sync_file,
+    whole_or_absent,
+)
 from .expert_file import ExpertFile, StoredTensor
 from .packed_format import (
     MANIFEST,
@@ -94,6 +102,7 @@ class _Pack:
 
     def run(self) -> None:
         if self.is_finished:
+            self._end()
             return
         with self.bar, self._explained():
             self._save(UNFINISHED)
@@ -112,8 +121,11 @@ class _Pack:
                 self.source.check()  # all of it came from the files whose headers were read
                 self._save(UNFINISHED)
             self._save(MANIFEST)
-            (self.out / UNFINISHED).unlink()
-            sync_directory(self.out)
+            self._end()
+
+    def _end(self) -> None:
+        (self.out / UNFINISHED).unlink(missing_ok=True)
+        sync_directory(self.out)
 
     def _resume(self) -> bool:
         """Take up the manifest that lies in `out`, if any; whether it is finished."""
@@ -130,7 +142,8 @@ class _Pack:
                 )
             self.manifest = found
             return name == MANIFEST
-        if others := sorted(path.name for path in self.out.iterdir()):
+        begun = partial_path(self.out / UNFINISHED)
+        if others := sorted(path.name for path in self.out.iterdir() if path != begun):
             raise ValueError(
                 f"[pack] {self.out} must be new or empty, but holds files that pack did not write: "
                 + ", ".join(others[:3])
@@ -155,7 +168,7 @@ class _Pack:
     def _write_layer(self, layer: int) -> dict[str, Any]:
         """All experts of a layer, each in its block. What a killed run wrote stays where right."""
         path = self.out / data_file(layer)
-        partial = path.with_name(f"{path.name}.partial")
+        partial = partial_path(path)
         if path.exists():  # killed between the two steps at the end of a layer
             os.replace(path, partial)
         block, experts = self._block_bytes(layer), range(self.source.num_experts(layer))
