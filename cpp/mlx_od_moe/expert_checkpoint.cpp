@@ -164,7 +164,7 @@ class Module {
       auto node = tensors_.extract(from);
       if (node.empty()) continue;
       node.key() = to;
-      tensors_.insert(std::move(node));
+      if (!tensors_.insert(std::move(node)).inserted) fail(std::string("has both ") + from + " and " + to);
     }
   }
 

@@ -40,7 +40,6 @@ from .packed_format import (
 from .progress import progress_bar
 
 REST = "model.safetensors"  # what is no expert, under a name that mlx-lm loads
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".h5", ".msgpack", ".onnx"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -110,16 +109,15 @@ class _Pack:
             self._copy_files()
             if self.manifest["rest"] is None:
                 self.manifest["rest"] = self._write_rest()
-                self._save(UNFINISHED)
+                self._save_checked()
             self.bar.update(self._rest_bytes())
-            done = {entry["layer"]: entry for entry in self.manifest["layers"]}
+            done = {entry["layer"] for entry in self.manifest["layers"]}
             for layer in self.source.layers:
                 if layer in done:
                     self.bar.update(self._layer_bytes(layer))
                     continue
                 self.manifest["layers"].append(self._write_layer(layer))
-                self.source.check()  # all of it came from the files whose headers were read
-                self._save(UNFINISHED)
+                self._save_checked()
             self._save(MANIFEST)
             self._end()
 
@@ -202,8 +200,13 @@ class _Pack:
             if path.is_file()
             and not path.name.startswith(".")
             and path.suffix not in _WEIGHTS
-            and path.name != _INDEX
+            and not path.name.endswith(".index.json")  # which file holds which tensor
         ]
+
+    def _save_checked(self) -> None:
+        """Note what is finished, if all of it came from the files whose headers were read."""
+        self.source.check()
+        self._save(UNFINISHED)
 
     def _save(self, name: str) -> None:
         with whole_or_absent(self.out / name) as file:
@@ -238,9 +241,8 @@ class _Pack:
                 raise
             raise OSError(
                 error.errno,
-                f"[pack] the disk of {self.out} is full: {error.strerror}; {self.bar.n:,} of "
-                f"{self.bar.total:,} bytes are written. Make room and run the same command again "
-                "to go on",
+                f"[pack] the disk of {self.out} is full: {error.strerror}. Make room and run the "
+                "same command again to go on",
             ) from error
 
 

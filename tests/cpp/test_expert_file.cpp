@@ -193,22 +193,33 @@ TEST_CASE("no damaged model does worse than throw") {
   }
 }
 
-TEST_CASE("running out of descriptors is an error that names the file, and leaks none") {
+TEST_CASE("running out of descriptors is an error, and leaks none") {
   const Directory directory;
   directory.write("model.safetensors", safetensors(kHeader, kData));
+  constexpr size_t kMost = 100'000;
   std::vector<int> taken;
-  for (int fd = ::open("/dev/null", O_RDONLY); fd >= 0 && taken.size() < 100'000; fd = ::open("/dev/null", O_RDONLY)) {
-    taken.push_back(fd);
+  for (int fd = 0; fd >= 0 && taken.size() < kMost;) {
+    fd = ::open("/dev/null", O_RDONLY);
+    if (fd >= 0) taken.push_back(fd);
   }
-  if (taken.size() < 100'000) {  // otherwise this system has no limit to meet
-    CHECK_THROWS_AS(ExpertFile::open(directory.path()), std::system_error);
-    // The directory's own descriptor is free again by the time the file's is asked for.
-    ::close(taken.back());
-    taken.pop_back();
-    CHECK_NOTHROW(ExpertFile::open(directory.path()));
-    CHECK_NOTHROW(ExpertFile::open(directory.path()));
-  }
+  const bool exhausted = taken.size() < kMost;
+  // Nothing of the exceptions is touched while descriptors are short: sanitizers need one for that.
+  const auto opens = [&] {
+    try {
+      ExpertFile::open(directory.path());
+      return true;
+    } catch (const std::system_error&) {
+      return false;
+    }
+  };
+  const bool opened_without = opens();
+  ::close(taken.back());
+  taken.pop_back();
+  // The directory is closed again when its file is opened: one descriptor is enough, time after time.
+  const bool opened_with_one = opens() && opens();
   for (const int fd : taken) ::close(fd);
+  CHECK(opened_with_one);
+  if (exhausted) CHECK_FALSE(opened_without);  // otherwise this system's limit is too high to meet
 }
 
 TEST_CASE("threads read and check one file at once") {
