@@ -14,7 +14,7 @@ from mlx_od_moe._ext import crc32c
 
 from checkpoints import load_bits, model_directory, stacked, write_tensors
 from mlx_od_moe.expert_file import ExpertFile
-from mlx_od_moe.moe import find_moe_layers
+from mlx_od_moe.moe import find_moe_layers, load_model
 from mlx_od_moe.pack import pack
 from tiny_models import MODELS, build
 
@@ -43,6 +43,25 @@ def test_every_expert_is_what_mlx_loads(name, packed, tmp_path):
     if not packed:
         experts = {name for name in tensors if ".switch_mlp." in name}
         assert [tensor.name for tensor in file.rest] == sorted(tensors.keys() - experts)
+
+
+def test_the_parts_are_what_mlx_lms_own_module_takes(tmp_path):
+    """A model whose experts come from the packed file computes what it did before."""
+    model, _ = load_model(model_directory("nano-moe"))
+    tokens = mx.array([[5, 17, 300, 2, 99, 1024, 7, 8]])
+    before = model(tokens)
+    file = pack(model_directory("nano-moe"), tmp_path / "out", progress=False)
+    for layer in find_moe_layers(model):
+        layer.experts.apply(mx.zeros_like)
+    assert not mx.array_equal(model(tokens), before)
+    for layer in find_moe_layers(model):
+        experts = [file.read(layer.index, e) for e in range(layer.num_experts)]
+        stacks = []
+        for part in file.parts(layer.index):
+            stack = mx.array(np.stack([expert[part.name] for expert in experts]))
+            stacks.append((part.name, stack.view(mx.bfloat16) if part.dtype == "BF16" else stack))
+        layer.experts.load_weights(stacks, strict=True)
+    assert mx.array_equal(model(tokens), before)
 
 
 @pytest.mark.parametrize("mode", ["float", "affine", "mxfp4", "mxfp8", "nvfp4"])

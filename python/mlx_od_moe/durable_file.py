@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +34,9 @@ def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
 def sync_file(file: BinaryIO) -> None:
     """Bring a file to the disk and, on Linux, out of memory: reading it then asks the disk."""
     file.flush()
+    if sys.platform == "darwin":  # whose fsync leaves the bytes in the disk's own cache
+        with suppress(OSError):  # not every file system knows it
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -60,7 +64,7 @@ def locked(directory: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"[{directory}] another process writes to it") from error
         except OSError:
-            pass
+            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)
