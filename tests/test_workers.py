@@ -10,7 +10,8 @@ from pathlib import Path
 PARENT = """
 import sys, time
 from pathlib import Path
-from mlx_od_moe.training.workers import progress_bar, run_layers
+from mlx_od_moe.progress import progress_bar
+from mlx_od_moe.training.workers import run_layers
 
 def work(directory, layer, advance):
     import os

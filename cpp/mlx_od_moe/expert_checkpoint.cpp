@@ -68,8 +68,8 @@ std::optional<int> layer_of(const Names& parts, size_t count) {
 }
 
 [[noreturn]] void refuse(const Names& files, const StoredTensor& tensor, const std::string& rule) {
-  throw std::invalid_argument(files[static_cast<size_t>(tensor.file)] + ": tensor '" + tensor.entry.name +
-                              "': " + rule);
+  throw std::invalid_argument("[ExpertFile] " + files[static_cast<size_t>(tensor.file)] + ": tensor '" +
+                              tensor.entry.name + "': " + rule);
 }
 
 // What a tensor's name says, if it may be an expert's.
@@ -146,7 +146,8 @@ class Module {
 
   [[noreturn]] void fail(const std::string& rule) const {
     const StoredTensor& any = *tensors_.begin()->second.begin()->second.begin()->second;
-    throw std::invalid_argument(files_[static_cast<size_t>(any.file)] + ": experts '" + name_ + "': " + rule);
+    throw std::invalid_argument("[ExpertFile] " + files_[static_cast<size_t>(any.file)] + ": experts '" + name_ +
+                                "': " + rule);
   }
   [[noreturn]] void fail(const StoredTensor& tensor, const std::string& rule) const { refuse(files_, tensor, rule); }
 
@@ -163,7 +164,7 @@ class Module {
       auto node = tensors_.extract(from);
       if (node.empty()) continue;
       node.key() = to;
-      tensors_.insert(std::move(node));
+      if (!tensors_.insert(std::move(node)).inserted) fail(std::string("has both ") + from + " and " + to);
     }
   }
 

@@ -6,7 +6,7 @@
 // Single     MODULE.experts.E.PROJECTION.PARAMETER, as on Hugging Face; w1, w2, w3 are Mixtral's names
 //            for gate_proj, down_proj, up_proj. Parts get the stacked names.
 //
-// Errors     std::invalid_argument naming the file and the tensor.
+// Errors     std::invalid_argument, "[ExpertFile] file: tensor: rule"; without the file where it is about several.
 #pragma once
 
 #include <cstdint>

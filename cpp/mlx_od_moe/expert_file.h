@@ -8,7 +8,7 @@
 // Ownership  Holds one descriptor for each file, until its destruction.
 // Errors     std::invalid_argument for files that contradict themselves or lack something, naming file
 //            and tensor; std::system_error for what the system reports, and for files that changed.
-// Costs      Opening reads headers: 100 ms for 100,000 tensors. A read is a pread for each extent.
+// Costs      Opening reads headers: 0.2 s for 70,000 tensors. A read is a pread for each extent.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 #include "mlx_od_moe/json.h"
 
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <locale>
@@ -97,6 +98,13 @@ class JsonParser {
   double parse_number() {
     const size_t begin = at_;
     while (at_ < text_.size() && std::string_view("+-.eE0123456789").find(text_[at_]) != std::string_view::npos) ++at_;
+    // Most are whole: a stream for each would take most of the time that a large header does.
+    int64_t whole = 0;
+    const char* end = text_.data() + at_;
+    if (const auto read = std::from_chars(text_.data() + begin, end, whole);
+        read.ec == std::errc() && read.ptr == end) {
+      return static_cast<double>(whole);
+    }
     // A stream, since from_chars for doubles came late to some standard libraries, and strtod follows the locale.
     std::istringstream stream{std::string(text_.substr(begin, at_ - begin))};
     stream.imbue(std::locale::classic());

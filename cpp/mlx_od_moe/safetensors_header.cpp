@@ -86,12 +86,12 @@ SafetensorsHeader SafetensorsHeader::parse(std::string_view text, uint64_t file_
   const Json json = Json::parse(text);
   SafetensorsHeader header;
   for (const auto& [name, entry] : json.object()) {
-    if (name == "__metadata__") {
-      for (const auto& [key, value] : entry.object()) header.metadata[key] = value.string();
-      continue;
-    }
     try {
-      header.tensors.push_back(read_entry(name, entry, data_begin, file_bytes - data_begin));
+      if (name != "__metadata__") {
+        header.tensors.push_back(read_entry(name, entry, data_begin, file_bytes - data_begin));
+      } else if (!entry.is_null()) {  // MLX writes null where it was given none
+        for (const auto& [key, value] : entry.object()) header.metadata[key] = value.string();
+      }
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument("tensor '" + name + "': " + error.what());
     }

@@ -30,6 +30,7 @@ except ImportError as error:
     ) from error
 
 from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
+from .expert_file import ExpertFile  # noqa: E402
 from .expert_store import ExpertStore  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
@@ -40,6 +41,7 @@ __version__ = _metadata.version("mlx-od-moe")
 __all__ = [
     "FAST_BLAS",
     "INSTALL_DIR",
+    "ExpertFile",
     "ExpertPredictor",
     "ExpertStore",
     "NativePredictor",

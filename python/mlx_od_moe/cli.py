@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         ("collect", _collect_flags, _collect, "record a model's hidden states and expert choices"),
         ("train", _train_flags, _train, "train a shadow model on recorded traces"),
         ("evaluate", _evaluate_flags, _evaluate, "measure a shadow model against the baselines"),
+        ("pack", _pack_flags, _pack, "rewrite a model with one contiguous block per expert"),
         ("demo", _demo_flags, _demo, "all of it on the small model that ships, in two minutes"),
     ):
         command = commands.add_parser(
@@ -181,6 +182,26 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.plot:
         plot(result, options.plot)
     print(table(result))
+
+
+def _pack_flags(flag: Any) -> None:
+    flag("--model", help="directory of an mlx-lm or Hugging Face MoE model")
+    flag("--out", required=True, help="directory for the packed model; run again to go on")
+    flag("--verify", action="store_true", help="compare all checksums of --out, packed before")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from .pack import pack, verify
+
+    if bool(options.model) == options.verify:
+        raise ValueError("give either --model DIR, to pack it, or --verify")
+    if options.verify:
+        print(f"{options.out}: {verify(options.out):,} bytes are as they were packed")
+        return
+    packed = pack(options.model, options.out)
+    experts = sum(map(packed.num_experts, packed.layers))
+    size = sum(packed.num_experts(n) * packed.expert_bytes(n) for n in packed.layers)
+    print(f"{options.out}: {experts:,} experts of {len(packed.layers)} layers, {size / 1e9:.2f} GB")
 
 
 def _demo_flags(flag: Any) -> None:

@@ -14,12 +14,13 @@ from . import baselines
 from .metrics import Recall, mean_over_layers, rank
 from .model_routers import load_routers
 from .predictor_bundle import PredictorBundle
+from .progress import progress_bar
 from .shadow_model import ExpertPredictor
 from .training.dataset import LayerDataset
 from .training.fit import Scorer, inputs, measure
 from .training.traces import TraceInfo, open_traces
 from .training.train_shadow import documents_of
-from .training.workers import Advance, progress_bar, run_layers
+from .training.workers import Advance, run_layers
 
 METHODS = (
     "random",

@@ -33,7 +33,7 @@ _DTYPES = {
 class ExpertPart:
     """One tensor of an expert: `name` inside the experts' module ("gate_proj.weight").
 
-    `dtype` as safetensors names it ("U32", "BF16", …), `shape` of one expert, its length in `bytes`.
+    `dtype` as safetensors names it ("U32", "BF16", …), `shape` of one expert, its `bytes`.
     """
 
     name: str
@@ -94,7 +94,7 @@ class ExpertFile:
 
     @property
     def rest(self) -> list[StoredTensor]:
-        """A checkpoint's tensors that are no routed experts, by name; none of a packed directory."""
+        """A checkpoint's tensors that are no routed experts, by name; of a packed one none."""
         return [StoredTensor(*tensor) for tensor in self.native.rest]
 
     def num_experts(self, layer: int) -> int:
@@ -131,10 +131,11 @@ class ExpertFile:
         bfloat16 comes as its bits in uint16 (`mx.array(a).view(mx.bfloat16)`), 8-bit floats as
         theirs in uint8, as mx.load gives them. Raises as `read_bytes` does.
         """
-        data, parts, begin = self.read_bytes(layer, expert), {}, 0
+        data, begin = self.read_bytes(layer, expert), 0
+        parts: dict[str, npt.NDArray[Any]] = {}
         for part in self.parts(layer):
-            values = data[begin : begin + part.bytes].view(_DTYPES.get(part.dtype, np.uint8))
-            parts[part.name] = values.reshape(part.shape)
+            dtype: Any = _DTYPES.get(part.dtype, np.uint8)
+            parts[part.name] = data[begin : begin + part.bytes].view(dtype).reshape(part.shape)
             begin += part.bytes
         return parts
 
@@ -143,5 +144,5 @@ class ExpertFile:
         return np.asarray(self.native.read_bytes(tensor.file, tensor.offset + begin, bytes))
 
     def check(self) -> None:
-        """Raise OSError where a file was truncated, written to, replaced or removed since opening."""
+        """Raise OSError where a file was truncated, written to, replaced or removed meanwhile."""
         self.native.check()

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..progress import progress_bar
 from .dummy_traces import DummyTraces
 from .model_traces import Model, ModelTraces, identify
 from .plan import Shard, plan_shards
@@ -26,7 +27,6 @@ from .traces import (
     write_collection,
     write_shard,
 )
-from .workers import progress_bar
 
 Advance = Callable[[int], None]
 

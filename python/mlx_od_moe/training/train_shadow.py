@@ -17,11 +17,12 @@ from ..metrics import mean_over_layers
 from ..model_routers import LayerRouter, save_routers
 from ..predictor_bundle import PredictorBundle
 from ..predictor_file import Quantization
+from ..progress import progress_bar
 from ..shadow_model import ExpertPredictor
 from .dataset import split_documents
 from .layer_trainer import LayerTrainer, TrainingOptions, train_layer
 from .traces import TraceInfo, open_traces
-from .workers import progress_bar, run_layers
+from .workers import run_layers
 
 
 def fingerprint(traces: TraceInfo) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -20,19 +19,6 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 
 _done: Any = None  # in a worker process: the counter that the parent's bar follows
-
-
-def progress_bar(total: int, what: str, unit: str, shown: bool, done: int = 0) -> tqdm[Any]:
-    """A bar with rate and time left on standard error; a line now and then where that is a file."""
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        disable=not shown,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-    )
 
 
 def run_layers(
