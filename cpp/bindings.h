@@ -5,8 +5,10 @@
 
 void bind_prediction_queue(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
+void bind_simulator(nanobind::module_& m);
 
-inline void bind_prediction_path(nanobind::module_& m) {
+inline void bind_parts(nanobind::module_& m) {
   bind_prediction_queue(m);
   bind_shadow_runner(m);
+  bind_simulator(m);
 }

@@ -30,9 +30,11 @@
 #include <string>
 #include <vector>
 
+#include "mlx_od_moe/export.h"
+
 namespace mlx_od_moe {
 
-class EvictionPolicy {
+class MLX_OD_MOE_API EvictionPolicy {
  public:
   virtual ~EvictionPolicy() = default;
 
@@ -53,7 +55,8 @@ class EvictionPolicy {
 };
 
 // One of `eviction_policies()`, for one layer of `num_experts` experts with room for `capacity` of them.
-std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name, int num_experts, int capacity);
-std::vector<std::string> eviction_policies();
+MLX_OD_MOE_API std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name, int num_experts,
+                                                                    int capacity);
+MLX_OD_MOE_API std::vector<std::string> eviction_policies();
 
 }  // namespace mlx_od_moe
