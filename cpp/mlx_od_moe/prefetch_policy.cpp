@@ -44,11 +44,13 @@ void PrefetchPolicy::forget(int layer) {
 }
 
 void PrefetchPolicy::predicted(int layer, std::span<const LikelyExpert> experts) {
-  require(layer >= 0 && layer < num_layers_,
-          "layer: it is one of " + std::to_string(num_layers_) + ", got " + std::to_string(layer));
+  // Once per prediction: no message is made where there is nothing to say.
+  if (layer < 0 || layer >= num_layers_) {
+    require(false, "layer: it is one of " + std::to_string(num_layers_) + ", got " + std::to_string(layer));
+  }
   for (const LikelyExpert& e : experts) {
-    require(e.expert >= 0 && e.expert < num_experts_,
-            "expert: it is one of " + std::to_string(num_experts_) + ", got " + std::to_string(e.expert));
+    if (e.expert >= 0 && e.expert < num_experts_) continue;
+    require(false, "expert: it is one of " + std::to_string(num_experts_) + ", got " + std::to_string(e.expert));
   }
   forget(layer);
   for (const LikelyExpert& e : experts) {

@@ -271,12 +271,12 @@ void check(const RecordedRoutes& routes) {
     int expert = routes.experts[i];
     if (expert < 0) continue;
     int64_t set = int64_t(i) / routes.top_k;
-    auto where = [&] {
-      return "token " + std::to_string(set / routes.layers) + ", layer " + std::to_string(set % routes.layers);
-    };
-    require(expert < routes.num_experts, "experts: " + where() + " chose expert " + std::to_string(expert) + " of " +
-                                             std::to_string(routes.num_experts));
-    require(seen[size_t(expert)] != set, "experts: " + where() + " chose expert " + std::to_string(expert) + " twice");
+    bool exists = expert < routes.num_experts;
+    if (!exists || seen[size_t(expert)] == set) {
+      require(false, "experts: token " + std::to_string(set / routes.layers) + ", layer " +
+                         std::to_string(set % routes.layers) + " chose expert " + std::to_string(expert) +
+                         (exists ? " twice" : " of " + std::to_string(routes.num_experts)));
+    }
     seen[size_t(expert)] = set;
   }
 }

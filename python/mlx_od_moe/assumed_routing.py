@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from .routing_trace import Advance, Predictions, RoutingTrace
 
-# Shares of the variance of an expert's affinity: of the expert itself, of the passage (with a memory
-# of PASSAGE_TOKENS tokens), and of the token. Chosen so that caches of any size do on it about as well
-# as on the small model's recorded routing: see docs/planning.md.
+# Shares of the variance of an expert's affinity: of the expert itself, of the passage (with a
+# memory of PASSAGE_TOKENS tokens), and of the token. Chosen so that caches do about as well on
+# it as on the small model's recorded routing: see docs/planning.md.
 EXPERT, PASSAGE, TOKEN = 0.10, 0.25, 0.65
 PASSAGE_TOKENS = 30
 CHUNK_TOKENS = 32
@@ -21,7 +21,7 @@ CHUNK_TOKENS = 32
 def assume_routes(
     tokens: int, layers: int, num_experts: int, top_k: int, seed: int = 0
 ) -> RoutingTrace:
-    """Random routing with the locality of a real one: some experts are liked more, and for a while."""
+    """Random routing that is as local as a real one: some experts are liked more, for a while."""
     if not (tokens > 0 and layers > 0 and 0 < top_k <= num_experts):
         raise ValueError(
             "[simulate] assumed routing needs tokens, layers and 1 to num_experts experts a token, "

@@ -42,7 +42,7 @@ class Machine:
     @property
     def reads_per_layer(self) -> float:
         """Experts that the disk reads while one layer computes."""
-        return self.layer_time / self.read_time
+        return self.layer_time / self.read_time if self.read_time else float("inf")
 
 
 @dataclass(frozen=True)
