@@ -372,9 +372,9 @@ def test_better_predictions_hit_more():
 def test_token_table_counts():
     table = TokenTable(2, 4)
     assert table.predict(5).tolist() == [[0] * 4] * 2
-    table.observe(5, np.array([[0, 1], [2, 3]]))
-    table.observe(5, np.array([[0, 2], [2, -1]]))
-    table.observe(6, np.array([[3, 1], [0, 1]]))
+    table.observe(np.array([5]), np.array([[[0, 1], [2, 3]]]))
+    both = np.array([[[0, 2], [2, -1]], [[3, 1], [0, 1]]])
+    table.observe(np.array([5, 6]), both)
     average = np.array([[2, 2, 1, 1], [1, 1, 2, 1]]) / 3
     counts = np.array([[2, 1, 1, 0], [0, 0, 2, 1]])
     assert table.predict(5) == pytest.approx((counts + average) / (2 + 1))
@@ -386,6 +386,16 @@ def test_token_table_counts():
 )
 def test_capacity_is_understood(text, experts):
     assert parse_capacity(text, layers=4, num_experts=64, expert_bytes=24_000_000) == experts
+
+
+def test_the_first_layer_may_have_more_room(tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ["simulate", "--assume-routes", "5x64x8", "--tokens", "200", "--json", str(out)]
+    assert main([*arguments, "--first-capacity", "32"]) == 0
+    result = json.loads(out.read_text())
+    assert result["capacity"] == [32, 12, 12, 12, 12]
+    first, *others = result["runs"][0]["hit_rate_per_layer"]
+    assert first > max(others) + 0.1
 
 
 def test_capacity_that_means_nothing_is_refused():
@@ -448,7 +458,7 @@ def test_the_command_plans_a_machine(tmp_path, capsys):
     assert main([*arguments, "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     run = next(r for r in result["runs"] if r["method"] == "predicted")
-    assert result["capacity"] == 31
+    assert result["capacity"] == [31] * 6
     assert run["reads_per_layer"] == pytest.approx(3)
     seconds = 200 / run["tokens_per_second"]
     assert seconds == pytest.approx(200 * 6 * 0.004 * (1 + run["stall"]))
@@ -465,6 +475,7 @@ def test_the_command_plans_a_machine(tmp_path, capsys):
         (["--assume-routes", "2x8x2", "--experts-per-layer-time", "0"], "must be positive"),
         (["--assume-routes", "2x8x2", "--capacity", "10%"], "capacity"),
         (["--assume-routes", "2x8x2", "--predictor", "p.safetensors"], "needs hidden states"),
+        (["--assume-routes", "2x8x2", "--first-capacity", "3"], "leaves 1 for each other layer"),
         (["--trace", "missing.npz"], "missing.npz"),
     ],
 )

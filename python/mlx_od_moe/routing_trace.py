@@ -164,9 +164,19 @@ def predict_tokens(
     lookahead = min(into.ids.shape[2], trace.experts.shape[1])
     table = TokenTable(lookahead, trace.num_experts)
     if learn_from is not None and learn_from.token_ids is not None:
-        for token, experts in zip(learn_from.token_ids, learn_from.experts, strict=True):
-            table.observe(int(token), experts[:lookahead])
-    for i, (token, experts) in enumerate(zip(trace.token_ids, trace.experts, strict=True)):
-        into.put(slice(i, i + 1), 0, table.predict(int(token))[None])
-        table.observe(int(token), experts[:lookahead])
+        _check_alike(learn_from, trace)
+        table.observe(learn_from.token_ids, learn_from.experts[:, :lookahead])
+    for i in range(len(trace.experts)):
+        row = slice(i, i + 1)
+        into.put(row, 0, table.predict(int(trace.token_ids[i]))[None])
+        table.observe(trace.token_ids[row], trace.experts[row, :lookahead])
         advance(1)
+
+
+def _check_alike(learned: RoutingTrace, trace: RoutingTrace) -> None:
+    for name, a, b in (
+        ("MoE layers", learned.experts.shape[1], trace.experts.shape[1]),
+        ("experts in a layer", learned.num_experts, trace.num_experts),
+    ):
+        if a != b:
+            raise ValueError(f"[simulate] the traces to learn from have {a} {name}, not {b}")

@@ -86,7 +86,7 @@ def parse_capacity(text: str, layers: int, num_experts: int, expert_bytes: int =
 
 def simulate(
     trace: RoutingTrace,
-    capacity: int,
+    capacity: int | Sequence[int],
     policies: Sequence[str],
     machines: Sequence[Machine],
     predictions: Predictions | None = None,
@@ -97,7 +97,7 @@ def simulate(
 
     Args:
         trace: the routes.
-        capacity: experts that each layer has room for.
+        capacity: experts that each layer has room for, one number for all or one for each.
         policies: of POLICIES.
         machines: the disks to try.
         predictions: given, our prefetch is replayed too.
@@ -111,6 +111,7 @@ def simulate(
     """
     prefetching = prefetching or Prefetching()
     tokens, layers, top_k = trace.experts.shape
+    capacity = [capacity] * layers if isinstance(capacity, int) else list(capacity)
     settings = prefetching, predictions or Predictions.empty(trace, prefetching.lookahead, 1)
     methods = ["none"] + ["predicted"] * (predictions is not None)
     methods += ["oracle", "oracle_next_token"] * oracles
@@ -138,7 +139,7 @@ def simulate(
 
 def _run(
     trace: RoutingTrace,
-    capacity: int,
+    capacity: list[int],
     policy: str,
     method: str,
     machine: Machine,
@@ -146,7 +147,7 @@ def _run(
     predictions: Predictions,
 ) -> dict[str, Any]:
     options = SimulatorOptions()
-    options.capacity = [capacity] * trace.experts.shape[1]
+    options.capacity = capacity
     options.policy, options.prefetch = policy, method
     options.widths, options.thresholds = list(prefetching.widths), list(prefetching.thresholds)
     options.discount, options.margin = prefetching.discount, prefetching.margin
@@ -196,7 +197,7 @@ def table(result: dict[str, Any]) -> str:
     head += f"{'demand':>8}{'ahead':>7}{'wasted':>8}{'named':>7}" + absolute * f"{'tokens/s':>10}"
     rows = [
         f"{t['tokens']:,} tokens, {t['layers']} MoE layers, top {t['top_k']} of "
-        f"{t['num_experts']} experts, room for {result['capacity']} in each layer.",
+        f"{t['num_experts']} experts, room for {_room(result['capacity'])}.",
         "",
         head,
     ]
@@ -209,6 +210,13 @@ def table(result: dict[str, Any]) -> str:
         row += f"{r['recall_non_resident']:7.3f}" if ahead else f"{'-':>7}"
         rows.append(row + (f"{r['tokens_per_second']:10.2f}" if absolute else ""))
     return "\n".join(rows)
+
+
+def _room(capacity: list[int]) -> str:
+    first, *others = capacity
+    if set(others) <= {first}:
+        return f"{first} in each layer"
+    return f"{first} in the first layer, {min(others)} to {max(others)} in the others"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
@@ -232,7 +240,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         x, y = [r["reads_per_layer"] for r in chosen], [r["hit_rate"] for r in chosen]
         axis.plot(x, y, styles.get(method, ":"), marker=".", color=color, label=label)
     t = result["trace"]
-    share = result["capacity"] / t["num_experts"]
+    share = sum(result["capacity"]) / (t["num_experts"] * t["layers"])
     axis.set_title(f"{share:.0%} of {t['num_experts']} experts resident, {t['layers']} MoE layers")
     axis.set_xlabel("experts that the disk reads in one layer's compute time")
     axis.set_ylabel("demand hit rate")

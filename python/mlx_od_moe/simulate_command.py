@@ -19,6 +19,7 @@ def add_flags(flag: Any) -> None:
     flag("--tokens", type=int, default=None, help="only the first so many; 2000 if assumed")
     flag("--num-experts", type=int, default=None, help="of one layer, where an .npz needs it")
     flag("--capacity", default="25%", help="resident: 25%%, experts per layer, or 8GB in all")
+    flag("--first-capacity", type=int, help="experts of the first layer, at the others' expense")
     flag("--policy", nargs="+", default=["lru"], help="lru lfuda lrfu s3fifo score belady")
     flag("--predictor", help="file that train wrote; the trace must hold hidden states")
     flag("--format", default="int4", help="that the predictor runs in")
@@ -43,13 +44,12 @@ def add_flags(flag: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Replay, print the table, and write what was asked for."""
-    from .simulate import parse_capacity, plot, simulate, table
+    from .simulate import plot, simulate, table
 
     trace, prefetching = _trace(options), _prefetching(options)
-    layers, expert_bytes = trace.experts.shape[1], int(options.expert_bytes)
     result = simulate(
         trace,
-        parse_capacity(options.capacity, layers, trace.num_experts, expert_bytes),
+        _capacity(options, trace),
         options.policy,
         _machines(options),
         _predictions(options, trace, prefetching),
@@ -80,6 +80,24 @@ def _trace(options: argparse.Namespace) -> RoutingTrace:
             f"--assume-routes {options.assume_routes}: give layers x experts x top_k, as 60x384x8"
         ) from None
     return assume_routes(options.tokens or 2000, layers, experts, top_k)
+
+
+def _capacity(options: argparse.Namespace, trace: RoutingTrace) -> list[int]:
+    from .simulate import parse_capacity
+
+    _, layers, top_k = trace.experts.shape
+    size = int(options.expert_bytes)
+    each = parse_capacity(options.capacity, layers, trace.num_experts, size)
+    first = options.first_capacity
+    if first is None or layers == 1:
+        return [each] * layers
+    others = (each * layers - first) // (layers - 1)
+    if others < top_k:
+        raise ValueError(
+            f"--first-capacity {first} leaves {others} for each other layer, and a token needs "
+            f"{top_k}"
+        )
+    return [first] + [others] * (layers - 1)
 
 
 def _prefetching(options: argparse.Namespace) -> Prefetching:

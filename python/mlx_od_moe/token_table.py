@@ -30,16 +30,18 @@ class TokenTable:
         self._counts: dict[int, NDArray[np.float32]] = {}
         self._seen: dict[int, int] = {}
 
-    def observe(self, token_id: int, experts: NDArray[Any]) -> None:
-        """Learn the choice [layers, top_k] of one token; ids below 0 are none."""
-        if token_id not in self._counts:
-            self._counts[token_id] = np.zeros(self._shape, np.float32)
-            self._seen[token_id] = 0
+    def observe(self, token_ids: NDArray[Any], experts: NDArray[Any]) -> None:
+        """Learn the choices [n, layers, top_k] of n tokens; ids below 0 are none."""
+        tokens, row = np.unique(token_ids, return_inverse=True)
+        counts = np.zeros((len(tokens), *self._shape), np.float32)
         chosen = experts >= 0
-        for counts in (self._counts[token_id], self._all):
-            np.add.at(counts, (self._layers, np.where(chosen, experts, 0)), chosen)
-        self._seen[token_id] += 1
-        self._tokens += 1
+        places = row[:, None, None], self._layers, np.where(chosen, experts, 0)
+        np.add.at(counts, places, chosen)
+        for token, seen, own in zip(tokens.tolist(), np.bincount(row), counts, strict=True):
+            self._counts[token] = self._counts.get(token, 0) + own
+            self._seen[token] = self._seen.get(token, 0) + int(seen)
+        self._all += counts.sum(axis=0)
+        self._tokens += len(token_ids)
 
     def predict(self, token_id: int) -> NDArray[np.float32]:
         """The probability [layers, num_experts] that the token chooses each expert."""
