@@ -19,11 +19,13 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/packed_matrix.cpp
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/predictor_file.cpp
+  cpp/mlx_od_moe/prefetch_policy.cpp
   cpp/mlx_od_moe/request_schedule.cpp
   cpp/mlx_od_moe/resident_experts.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
+  cpp/mlx_od_moe/simulator.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)

@@ -150,6 +150,40 @@ class Lfuda final : public Checked {
   double age_ = 0;
 };
 
+class Lrfu final : public Checked {
+ public:
+  explicit Lrfu(int experts) : Checked(experts), used_(experts), value_(size_t(experts), 0.0) {}
+
+  int victim(const Test& evictable) override {
+    int best = kNone;
+    for (int expert = used_.front(); expert != kNone; expert = used_.after(expert)) {
+      if ((best == kNone || value_[size_t(expert)] < value_[size_t(best)]) && evictable(expert)) best = expert;
+    }
+    return best;
+  }
+  // Instead of every value falling, what a use is worth rises.
+  void next_step() override {
+    use_ /= kDecay;
+    if (use_ < kLargestUse) return;
+    for (double& value : value_) value /= use_;
+    use_ = 1;
+  }
+
+ private:
+  static constexpr double kDecay = .97, kLargestUse = 1e100;
+
+  void on_access(int expert, bool resident) override {
+    value_[size_t(expert)] += use_;
+    if (resident) used_.move_to_back(expert);
+  }
+  void on_insert(int expert, bool) override { used_.push_back(expert); }
+  void on_evict(int expert) override { used_.remove(expert); }
+
+  Order used_;
+  std::vector<double> value_;  // of those not resident too
+  double use_ = 1;
+};
+
 class S3Fifo final : public Checked {
  public:
   S3Fifo(int experts, int capacity)
@@ -264,7 +298,7 @@ class Score final : public Checked {
 
 }  // namespace
 
-std::vector<std::string> eviction_policies() { return {"lru", "lfuda", "s3fifo", "score"}; }
+std::vector<std::string> eviction_policies() { return {"lru", "lfuda", "lrfu", "s3fifo", "score"}; }
 
 std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name, int num_experts, int capacity) {
   if (capacity < 1 || capacity > num_experts) {
@@ -273,9 +307,10 @@ std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name, in
   }
   if (name == "lru") return std::make_unique<Lru>(num_experts);
   if (name == "lfuda") return std::make_unique<Lfuda>(num_experts);
+  if (name == "lrfu") return std::make_unique<Lrfu>(num_experts);
   if (name == "s3fifo") return std::make_unique<S3Fifo>(num_experts, capacity);
   if (name == "score") return std::make_unique<Score>(num_experts);
-  throw std::invalid_argument("[eviction] policy '" + name + "': it is lru, lfuda, s3fifo or score");
+  throw std::invalid_argument("[eviction] policy '" + name + "': it is lru, lfuda, lrfu, s3fifo or score");
 }
 
 }  // namespace mlx_od_moe

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
 #include <map>
 #include <memory>
@@ -60,6 +61,24 @@ struct LfudaModel : RankModel {
     age = std::max(age, resident[expert].first);
     count[expert] /= 2;
     RankModel::evict(expert);
+  }
+};
+
+struct LrfuModel : RankModel {
+  std::map<int, std::vector<int>> uses;
+  int step = 0;
+
+  void next_step() override { ++step; }
+  void access(int expert, bool is_resident) override {
+    uses[expert].push_back(step);
+    RankModel::access(expert, is_resident);
+  }
+  int victim(const std::set<int>& evictable) override {
+    for (auto& [expert, place] : resident) {
+      place.first = 0;
+      for (int use : uses[expert]) place.first += std::pow(.97, step - use);
+    }
+    return RankModel::victim(evictable);
   }
 };
 
@@ -134,6 +153,7 @@ struct S3FifoModel : Model {
 std::unique_ptr<Model> make_model(const std::string& name, int capacity) {
   if (name == "lru") return std::make_unique<RankModel>();
   if (name == "lfuda") return std::make_unique<LfudaModel>();
+  if (name == "lrfu") return std::make_unique<LrfuModel>();
   if (name == "score") return std::make_unique<ScoreModel>();
   return std::make_unique<S3FifoModel>(capacity);
 }
@@ -242,6 +262,22 @@ TEST_CASE("lfuda forgets what was wanted long ago") {
   CHECK(misses(*policy, 2, demands) == 1 + 40 + 1);
 }
 
+TEST_CASE("lrfu keeps its order however long it runs") {
+  auto policy = make_eviction_policy("lrfu", 8, 4);
+  for (int expert = 0; expert < 4; ++expert) policy->inserted(expert, false);
+  // Enough steps for what a use is worth to start at 1 again, several times.
+  for (int step = 0; step < 30000; ++step) {
+    policy->accessed(3);
+    if (step % 2 == 0) policy->accessed(1);
+    if (step % 3 == 0) policy->accessed(0);
+    policy->next_step();
+  }
+  for (int expert : {2, 0, 1, 3}) {
+    CHECK(policy->victim(all) == expert);
+    policy->evicted(expert);
+  }
+}
+
 TEST_CASE("score keeps what is predicted, until the step is over") {
   auto policy = make_eviction_policy("score", 8, 4);
   for (int expert = 0; expert < 4; ++expert) policy->inserted(expert, true);
@@ -257,7 +293,7 @@ TEST_CASE("score keeps what is predicted, until the step is over") {
 
 TEST_CASE("eviction policies refuse what cannot be") {
   CHECK_THROWS_WITH_AS(make_eviction_policy("fifo", 8, 4),
-                       "[eviction] policy 'fifo': it is lru, lfuda, s3fifo or score", std::invalid_argument);
+                       "[eviction] policy 'fifo': it is lru, lfuda, lrfu, s3fifo or score", std::invalid_argument);
   for (int capacity : {-1, 0, 9}) CHECK_THROWS_AS(make_eviction_policy("lru", 8, capacity), std::invalid_argument);
   for (const std::string& name : eviction_policies()) {
     CAPTURE(name);
