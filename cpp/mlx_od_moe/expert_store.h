@@ -2,8 +2,8 @@
 //
 // Of a model's routed experts as many as fit `capacity_bytes` are resident, in slots of each layer's pools.
 // What the router chose is acquired: a lease keeps the experts where they are. What a predictor expects is
-// prefetched: read when no demand waits, the layer that is needed soonest first, into slots that nothing
-// leased or predicted holds. A newer step, or an acquire of its layer, ends a prediction that waits.
+// prefetched: read when no demand waits, the likeliest of the soonest layers first, into slots that nothing
+// leased or likelier holds. A newer step, or an acquire of its layer, ends a prediction that waits.
 //
 // Threads    Any thread may call any method. The store owns its readers; what they read into slots is
 //            visible to whom wait() has returned true. A child process after fork() has no readers: there
@@ -83,7 +83,7 @@ class MLX_OD_MOE_API ExpertStore {
   // The same, and waits; slots[i] is where ids[i] lies.
   ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots);
 
-  // Experts that the layer will probably use in that step, with scores in [0, 1] or none (in order then).
+  // Experts that the layer will probably use in that step, with their probabilities, or none: all 1.
   // Returns at once: how many are now queued that were not. None of a step before the current.
   int prefetch(int layer, std::span<const int32_t> ids, std::span<const float> scores, uint64_t step);
   // The step has begun: what is queued for earlier ones is dropped. An earlier step changes nothing.

@@ -4,7 +4,11 @@
 #include <stdexcept>
 #include <utility>
 
+#include "mlx_od_moe/prefetch_policy.h"
+
 namespace mlx_od_moe {
+
+static const float kDiscount = PrefetchOptions().discount;
 
 RequestSchedule::RequestSchedule(const ExpertLayout& layout, const ExpertSlots& slots, const std::string& policy,
                                  int prefetchers, uint64_t prefetch_bytes)
@@ -75,7 +79,7 @@ int RequestSchedule::predict(size_t layer, std::span<const int32_t> ids, std::sp
   if (step < step_) return 0;
   int accepted = 0;
   for (size_t i = 0; i < ids.size(); ++i) {
-    accepted += layers_[layer].experts.predict(ids[i], scores.empty() ? 0.0F : scores[i], step);
+    accepted += layers_[layer].experts.predict(ids[i], scores.empty() ? 1.0F : scores[i], step);
   }
   return accepted;
 }
@@ -103,19 +107,31 @@ std::optional<ExpertRead> RequestSchedule::next_prefetch() {
   uint64_t room = prefetch_bytes_;
   for (const Layer& layer : layers_) room -= std::min(room, layer.experts.speculative_bytes());
   for (const bool later : {false, true}) {
-    for (size_t ahead = 0; ahead < layers_.size(); ++ahead) {
-      const size_t i = (current_ + ahead) % layers_.size();
-      Layer& layer = layers_[i];
-      if (layer.experts.queued() == 0 || !layer.waiting.empty()) continue;
-      const int expert = layer.experts.best_queued(step_, later);
-      if (expert < 0) continue;
-      if (layer.experts.expert_bytes() > room) return std::nullopt;
-      if (!layer.experts.begin_prefetch(expert)) continue;
+    find_candidates(later);
+    for (const Candidate& candidate : candidates_) {
+      ResidentExperts& experts = layers_[candidate.layer].experts;
+      if (experts.expert_bytes() > room) return std::nullopt;
+      if (!experts.begin_prefetch(candidate.expert)) continue;
       ++prefetching_;
-      return ExpertRead{i, expert, Cause::prefetch};
+      return ExpertRead{candidate.layer, candidate.expert, Cause::prefetch};
     }
   }
   return std::nullopt;
+}
+
+// The best of each layer, the best of all first.
+void RequestSchedule::find_candidates(bool later) {
+  candidates_.clear();
+  float discount = 1;
+  for (size_t ahead = 0; ahead < layers_.size(); ++ahead, discount *= kDiscount) {
+    const size_t i = (current_ + ahead) % layers_.size();
+    const Layer& layer = layers_[i];
+    if (layer.experts.queued() == 0 || !layer.waiting.empty()) continue;
+    const int expert = layer.experts.best_queued(step_, later);
+    if (expert >= 0) candidates_.push_back({i, expert, discount * layer.experts.score(expert)});
+  }
+  std::stable_sort(candidates_.begin(), candidates_.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.priority > b.priority; });
 }
 
 void RequestSchedule::finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure) {

@@ -3,7 +3,8 @@
 // A request is admitted once there are slots for all that it misses: it then holds leases, and waits for
 // reads only. Until then it holds nothing, so that no two requests wait for each other. Demands are read
 // before prefetches, first come first served, those of one request in the order of the file. Of prefetches
-// those of the current step come first, then the layer that the model reaches soonest, then the best score.
+// those of the current step come first, and of these the one whose score is best, discounted for each layer
+// between, as in PrefetchPolicy.
 //
 // Threads    None of its own: the caller serialises all calls, but `slot` of a leased or loading expert.
 // Ownership  Requests are the caller's, from `add` until they settle or `release`.
@@ -76,10 +77,17 @@ class RequestSchedule {
     std::vector<ExpertRequest*> waiting;  // for slots, first come first served
   };
 
+  struct Candidate {
+    size_t layer;
+    int expert;
+    float priority;
+  };
+
   void check_fits(const ExpertRequest& request) const;
   bool admit(ExpertRequest& request);
   void admit_waiting(Layer& layer);
   std::optional<ExpertRead> next_prefetch();
+  void find_candidates(bool later);
   static bool settles(ExpertRequest& request, Layer& layer, int expert,
                       const std::shared_ptr<const ReadFailure>& failure);
 
@@ -88,7 +96,8 @@ class RequestSchedule {
   const uint64_t prefetch_bytes_;
   std::vector<Layer> layers_;
   std::deque<ExpertRead> demands_;
-  std::vector<int> reads_;  // admit's own
+  std::vector<int> reads_;             // admit's own
+  std::vector<Candidate> candidates_;  // next_prefetch's own
   uint64_t requests_ = 0;
   uint64_t step_ = 0;
   size_t current_ = 0;  // the layer that was asked for last

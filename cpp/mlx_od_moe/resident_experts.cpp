@@ -2,7 +2,11 @@
 
 #include <algorithm>
 
+#include "mlx_od_moe/prefetch_policy.h"
+
 namespace mlx_od_moe {
+
+static const float kMargin = PrefetchOptions().margin;
 
 ResidentExperts::ResidentExperts(const ExpertLayer& layer, int slots, const std::string& policy)
     : bytes_(layer.expert_bytes()),
@@ -56,7 +60,7 @@ int ResidentExperts::lease(std::span<const int> experts, std::vector<int>& reads
     ++missing;
     if (e.state == State::loading) continue;
     overtake(expert);  // predicted while the request waited for slots
-    e.slot = take_slot(Cause::demand);
+    e.slot = slot_for(expert, Cause::demand);
     e.state = State::loading;
     policy_->inserted(expert, false);
     reads.push_back(expert);
@@ -99,9 +103,9 @@ void ResidentExperts::release(int expert) {
 bool ResidentExperts::predict(int expert, float score, uint64_t step) {
   Expert& e = at(expert);
   e.predicted = pass_;
+  e.score = score;
   policy_->predicted(expert, score);
   if (e.state != State::absent) return false;
-  e.score = score;
   e.step = step;
   if (e.queued) return false;
   e.queued = true;
@@ -120,7 +124,7 @@ int ResidentExperts::best_queued(uint64_t step, bool later) const {
 }
 
 bool ResidentExperts::begin_prefetch(int expert) {
-  const int slot = take_slot(Cause::prefetch);
+  const int slot = slot_for(expert, Cause::prefetch);
   if (slot < 0) return false;
   std::erase(queue_, expert);
   Expert& e = at(expert);
@@ -139,10 +143,14 @@ void ResidentExperts::cancel(uint64_t step) {
   if (!queue_.empty()) drop_queued([&](const Expert& e) { return e.step < step; });
 }
 
-int ResidentExperts::take_slot(Cause cause) {
+int ResidentExperts::slot_for(int expert, Cause cause) {
   if (free_.empty()) {
-    const auto idle = [this](int expert) { return is_resident(expert) && at(expert).leases == 0; };
-    int victim = policy_->victim([&](int expert) { return idle(expert) && at(expert).predicted != pass_; });
+    const auto idle = [this](int other) { return is_resident(other) && at(other).leases == 0; };
+    const float least = cause == Cause::prefetch ? kMargin * at(expert).score : 0;
+    int victim = policy_->victim([&](int other) {
+      const bool likely = at(other).predicted == pass_ && !(at(other).score < least);
+      return idle(other) && !likely;
+    });
     if (victim < 0 && cause == Cause::demand) victim = policy_->victim(idle);
     if (victim < 0) return -1;
     evict(victim);

@@ -4,7 +4,7 @@
 // resident to one that is loading within one call.
 //
 // A pass is one use of the layer by the model. Predictions speak of the next pass: until it begins, what is
-// predicted makes no room for another prediction.
+// predicted makes room for another prediction only where that is far likelier (PrefetchOptions::margin).
 //
 // Threads    None of its own: ExpertStore serialises all calls, but `slot` of a leased expert.
 // Ownership  Knows slots by number; holds no bytes.
@@ -43,7 +43,8 @@ class ResidentExperts {
   bool predict(int expert, float score, uint64_t step);
   // The queued expert with the best score, of a step up to `step` or after it; -1: there is none.
   int best_queued(uint64_t step, bool later) const;
-  // Takes a slot for a queued expert. False: all are taken by what is leased, loading or predicted.
+  float score(int expert) const { return at(expert).score; }
+  // Takes a slot for a queued expert. False: all are taken by what is leased, loading or likelier.
   bool begin_prefetch(int expert);
   // Drops what is queued for steps before `step`.
   void cancel(uint64_t step);
@@ -73,8 +74,8 @@ class ResidentExperts {
     int leases = 0;
     uint64_t predicted = 0;    // the pass before which it was predicted last
     uint64_t speculative = 0;  // the pass before which its prefetch was begun
-    float score = 0;           // of what is queued
-    uint64_t step = 0;
+    float score = 0;           // that it was predicted with
+    uint64_t step = 0;         // for which it is queued
   };
 
   Expert& at(int expert) { return experts_[static_cast<size_t>(expert)]; }
@@ -82,7 +83,7 @@ class ResidentExperts {
   void overtake(int expert);
   void look_up(int expert);
   void used(Expert& expert);
-  int take_slot(Cause cause);
+  int slot_for(int expert, Cause cause);
   void evict(int expert);
   template <class Drop>
   void drop_queued(Drop drop);

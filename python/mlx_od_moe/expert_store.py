@@ -209,7 +209,7 @@ class ExpertStore:
         Args:
             layer: the layer.
             ids: its experts.
-            scores: of each, in [0, 1]: higher ones are read first.
+            scores: their probabilities: likelier ones are read first; default: 1.
             step: the forward pass they are for; default: the current. Older ones take none.
 
         Returns how many are now queued that were not. An acquire of the layer drops what is still

@@ -241,7 +241,7 @@ TEST_CASE("demand is read before prefetch, and overtakes what is queued") {
   check_identities(c);
 }
 
-TEST_CASE("the soonest layer is prefetched first, the best score of it, later steps last") {
+TEST_CASE("likely experts of soon layers are prefetched first, later steps last") {
   Rig rig(4, 1, {}, 4);  // layers 1, 3, 5, 7
   rig.use(3, {0});
   rig.disk->shut();
@@ -254,7 +254,7 @@ TEST_CASE("the soonest layer is prefetched first, the best score of it, later st
   rig.disk->open();
   rig.settle();
   CHECK(rig.disk->begun() ==
-        std::vector<std::pair<int, int>>{{3, 0}, {7, 0}, {5, 6}, {7, 5}, {7, 4}, {1, 1}, {1, 2}, {5, 3}});
+        std::vector<std::pair<int, int>>{{3, 0}, {7, 0}, {5, 6}, {7, 5}, {1, 1}, {1, 2}, {7, 4}, {5, 3}});
 }
 
 TEST_CASE("a newer step drops what is queued, not what it has queued itself") {
@@ -290,6 +290,16 @@ TEST_CASE("a prefetch evicts neither what is leased nor what is predicted") {
   CHECK(rig.resident(1) == Ids{1, 2, 5});
   CHECK(rig.store->counters().queued == 2);
   check_identities(rig.store->counters());
+}
+
+TEST_CASE("a prefetch evicts what is predicted where it is ten times as likely") {
+  Rig rig(2);
+  rig.use(1, {0, 1});
+  rig.prefetch(1, {0, 1}, 0, {0.09F, 0.11F});
+  rig.prefetch(1, {2, 3}, 0, {0.8F, 1.0F});
+  rig.settle(1);
+  std::this_thread::sleep_for(milliseconds(20));
+  CHECK(rig.resident(1) == Ids{1, 3});
 }
 
 TEST_CASE("prefetches stay within their budget until what they brought is used or passed by") {
