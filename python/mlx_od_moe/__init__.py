@@ -32,6 +32,7 @@ except ImportError as error:
 from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
 from .expert_file import ExpertFile  # noqa: E402
 from .expert_store import ExpertStore  # noqa: E402
+from .offload import Runtime, load  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
 from .shadow_runner import ShadowRunner  # noqa: E402
@@ -49,6 +50,8 @@ __all__ = [
     "PredictionQueue",
     "PredictorBundle",
     "PredictorConfig",
+    "Runtime",
     "ShadowRunner",
     "is_available",
+    "load",
 ]

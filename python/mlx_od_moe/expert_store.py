@@ -30,6 +30,12 @@ _DTYPES = {
     "BOOL": mx.bool_,
 }
 
+
+def pool_dtype(dtype: str) -> mx.Dtype:
+    """What a part of that dtype, as safetensors names it, is held as."""
+    return _DTYPES.get(dtype, mx.uint8)
+
+
 _SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_SCALES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NUMBER = r"(?P<number>\d+(\.\d*)?)"
@@ -76,15 +82,15 @@ class ExpertLease:
     `slots`: where each id that was acquired lies in the layer's pools, int32, of the ids' shape.
     """
 
-    __slots__ = ("_native", "slots")
+    __slots__ = ("native", "slots")
 
     def __init__(self, native: Any, slots: npt.NDArray[np.int32]):
-        self._native = native
+        self.native = native
         self.slots = slots
 
     def release(self) -> None:
         """Allow the experts to be evicted again. Twice is once."""
-        self._native.release()
+        self.native.release()
 
     def __enter__(self) -> ExpertLease:
         return self
@@ -161,7 +167,7 @@ class ExpertStore:
 
     def _new_pools(self, layer: int, slots: int) -> dict[str, mx.array]:
         return {
-            part.name: _ext.new_pool([slots, *part.shape], _DTYPES.get(part.dtype, mx.uint8))
+            part.name: _ext.new_pool([slots, *part.shape], pool_dtype(part.dtype))
             for part in self.file.parts(layer)
         }
 

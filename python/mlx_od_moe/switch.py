@@ -1,0 +1,152 @@
+"""The experts of one MoE layer, computed where the store keeps them.
+
+mlx-lm's own SwitchGLU or SwitchMLP computes: with the store's pools in place of its parameters, and
+with slot numbers in place of expert ids. Its sorting, activation and gather matmuls stay its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import Lock, get_ident
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from ._ext import is_computed, lend
+from .expert_store import ExpertLease, ExpertStore
+from .moe import MoELayer
+
+Compute = Callable[[mx.array, mx.array], mx.array]
+Pairs = tuple[NDArray[np.int64], NDArray[np.int32]]
+
+
+class Uncomputed(NamedTuple):
+    """An output that MLX may not have computed yet: its experts can't be evicted until then."""
+
+    thread: int
+    output: mx.array
+    experts: frozenset[int]
+
+
+class StoredExperts:
+    """Puts the store's pools into the experts' module of a layer, and computes with them.
+
+    Raises ValueError where the file's parts are not the module's parameters.
+    """
+
+    def __init__(self, layer: MoELayer, store: ExpertStore):
+        self.layer = layer.index
+        self._store = store
+        pools = store.pools(layer.index)
+        _check_parts(layer, store)
+        self._pools = list(pools.values())
+        self._places = [_place(layer.experts, name) for name in pools]
+        self._lock = Lock()
+        self._uncomputed: list[Uncomputed] = []
+        self._set(self._pools)
+
+    def _set(self, arrays: list[mx.array]) -> None:
+        for (module, name), array in zip(self._places, arrays, strict=True):
+            module[name] = array
+
+    def __call__(self, compute: Compute, x: mx.array, ids: NDArray[np.int32]) -> mx.array:
+        """The outputs [..., top_k, hidden_size] of the experts `ids` [..., top_k] for x.
+
+        `compute(x, slots)` is the module's own call. What fits the slots is lazy; more experts than
+        that are computed in groups, each read once.
+        """
+        experts = frozenset(ids.ravel().tolist())
+        self._make_room(experts)
+        if len(experts) > self._store.slots(self.layer):
+            return self._in_groups(compute, x, ids)
+        output = self._with(self._store.acquire(self.layer, ids), compute, x)
+        self._uncomputed.append(Uncomputed(get_ident(), output, experts))
+        return output
+
+    def settle(self) -> None:
+        """Let go of outputs that are computed."""
+        self._uncomputed = [u for u in self._uncomputed if not is_computed(u.output)]
+
+    def _make_room(self, experts: frozenset[int]) -> None:
+        """Compute what this thread has left uncomputed, where it holds slots that are needed now.
+
+        No one else would: a forward pass that is not evaluated before the next one begins.
+        """
+        self.settle()
+        own = [u for u in self._uncomputed if u.thread == get_ident()]
+        if own and len(experts.union(*(u.experts for u in own))) > self._store.slots(self.layer):
+            mx.eval([u.output for u in own])
+            self.settle()
+
+    def _with(self, lease: ExpertLease, compute: Compute, x: mx.array) -> mx.array:
+        """The lease ends when MLX has computed this, or nobody can ask for it any more."""
+        slots = mx.array(lease.slots.view(np.uint32))
+        with self._lock:
+            self._set(lend(lease.native, self._pools))
+            try:
+                return compute(x, slots)
+            finally:
+                self._set(self._pools)
+
+    def _in_groups(self, compute: Compute, x: mx.array, ids: NDArray[np.int32]) -> mx.array:
+        """Each token-expert pair by itself: summed by the caller, in the order it always sums in.
+
+        A group takes half of the slots, so that one is read while the other is computed.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        outputs: list[mx.array] = []
+        order: list[NDArray[np.int64]] = []
+        for pairs, experts in self._groups(ids.reshape(-1)):
+            mx.eval(outputs[-2:-1])  # what still held the slots that this group takes
+            lease = self._store.acquire(self.layer, experts[:, None])
+            outputs.append(self._with(lease, compute, rows[mx.array(pairs // ids.shape[-1])]))
+            mx.async_eval(outputs[-1])
+            order.append(pairs)
+        places = np.empty(ids.size, np.uint32)
+        places[np.concatenate(order)] = np.arange(ids.size, dtype=np.uint32)
+        return mx.concatenate(outputs)[:, 0][mx.array(places.reshape(ids.shape))]
+
+    def _groups(self, ids: NDArray[np.int32]) -> Iterator[Pairs]:
+        """The pairs of each group and their experts.
+
+        What is resident comes first, since reads will evict it; what is used most comes last, since
+        it then stays.
+        """
+        experts, uses = np.unique(ids, return_counts=True)
+        resident = np.isin(experts, self._store.resident(self.layer))
+        rank = np.empty(len(experts), np.int64)
+        rank[np.lexsort((uses, ~resident))] = np.arange(len(experts))
+        group = rank[np.searchsorted(experts, ids)] // max(self._store.slots(self.layer) // 2, 1)
+        order = np.argsort(group, kind="stable")
+        for pairs in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+            yield pairs, ids[pairs]
+
+
+def _place(experts: nn.Module, part: str) -> tuple[nn.Module, str]:
+    *path, name = part.split(".")
+    module: Any = experts
+    for step in path:
+        module = module[step]
+    return module, name
+
+
+def _check_parts(layer: MoELayer, store: ExpertStore) -> None:
+    expected = {
+        name: (array.shape[1:], array.dtype)
+        for name, array in tree_flatten(layer.experts.parameters())
+        if array.shape[:1] == (layer.num_experts,)
+    }
+    stored = {n: (p.shape[1:], p.dtype) for n, p in store.pools(layer.index).items()}
+    if stored != expected:
+        raise ValueError(
+            f"[load] {store.file.path}: the experts of layer {layer.index} are stored as "
+            f"{_described(stored)}, but {layer.path} computes with {_described(expected)}"
+        )
+
+
+def _described(parts: dict[str, tuple[tuple[int, ...], mx.Dtype]]) -> str:
+    return ", ".join(f"{n} {list(shape)} {dtype}" for n, (shape, dtype) in sorted(parts.items()))
