@@ -6,7 +6,7 @@ with slot numbers in place of expert ids. Its sorting, activation and gather mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from .expert_store import ExpertLease, ExpertStore
 from .moe import MoELayer
 
 Compute = Callable[[mx.array, mx.array], mx.array]
-Pairs = tuple[NDArray[np.int64], NDArray[np.int32]]
+# From so many token-expert pairs on mlx-lm sorts them, and its matmuls then take another path with
+# another rounding.
+SORTED_FROM = 64
 
 
 class Uncomputed(NamedTuple):
@@ -100,18 +102,20 @@ class StoredExperts:
         rows = x.reshape(-1, x.shape[-1])
         outputs: list[mx.array] = []
         order: list[NDArray[np.int64]] = []
-        for pairs, experts in self._groups(ids.reshape(-1)):
+        for pairs in self._groups(ids.ravel()):
             mx.eval(outputs[-2:-1])  # what still held the slots that this group takes
-            lease = self._store.acquire(self.layer, experts[:, None])
-            outputs.append(self._with(lease, compute, rows[mx.array(pairs // ids.shape[-1])]))
+            chosen = _padded(pairs, min(ids.size, SORTED_FROM))
+            lease = self._store.acquire(self.layer, ids.ravel()[chosen, None])
+            output = self._with(lease, compute, rows[mx.array(chosen // ids.shape[-1])])
+            outputs.append(output[: len(pairs), 0])
             mx.async_eval(outputs[-1])
             order.append(pairs)
         places = np.empty(ids.size, np.uint32)
         places[np.concatenate(order)] = np.arange(ids.size, dtype=np.uint32)
-        return mx.concatenate(outputs)[:, 0][mx.array(places.reshape(ids.shape))]
+        return mx.concatenate(outputs)[mx.array(places.reshape(ids.shape))]
 
-    def _groups(self, ids: NDArray[np.int32]) -> Iterator[Pairs]:
-        """The pairs of each group and their experts.
+    def _groups(self, ids: NDArray[np.int32]) -> list[NDArray[np.int64]]:
+        """The pairs of each group.
 
         What is resident comes first, since reads will evict it; what is used most comes last, since
         it then stays.
@@ -122,8 +126,13 @@ class StoredExperts:
         rank[np.lexsort((uses, ~resident))] = np.arange(len(experts))
         group = rank[np.searchsorted(experts, ids)] // max(self._store.slots(self.layer) // 2, 1)
         order = np.argsort(group, kind="stable")
-        for pairs in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-            yield pairs, ids[pairs]
+        return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+
+
+def _padded(pairs: NDArray[np.int64], least: int) -> NDArray[np.int64]:
+    """At least so many: a group is computed as the whole would be."""
+    missing = max(least - len(pairs), 0)
+    return np.concatenate([pairs, np.repeat(pairs[-1:], missing)])
 
 
 def _place(experts: nn.Module, part: str) -> tuple[nn.Module, str]:
