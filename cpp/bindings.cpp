@@ -396,4 +396,5 @@ mx.eval, mx.async_eval and mx.compile; it has no gradient. States that are not f
                    "mlx.core.array"),
            "Expert ids [..., lookahead, k] (uint32), best first.");
   bind_prediction_path(m);
+  bind_bench(m);
 }

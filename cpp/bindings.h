@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+void bind_bench(nanobind::module_& m);
 void bind_prediction_queue(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
 
