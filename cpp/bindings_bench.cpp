@@ -27,8 +27,8 @@ double time_predict(const Predictor& predictor, const States& x, int k) {
     throw std::invalid_argument("[time_predict] x must be [tokens, " + std::to_string(config.hidden_size) + "], got " +
                                 std::to_string(x.shape(1)) + " columns");
   }
-  const mlx_od_moe::Query query{
-      x.data(), mlx_od_moe::DType::float32, static_cast<int>(x.shape(0)), nullptr, 0, nullptr};
+  const mlx_od_moe::Query query{x.data(), mlx_od_moe::DType::float32, static_cast<int>(x.shape(0)), nullptr, 0,
+                                nullptr};
   std::vector<int32_t> ids(x.shape(0) * static_cast<size_t>(config.lookahead) * 32);
   const nb::gil_scoped_release release;
   const Clock::time_point start = Clock::now();

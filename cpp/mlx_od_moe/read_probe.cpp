@@ -52,7 +52,8 @@ size_t checked(size_t bytes, int threads) {
 
 ReadProbe::ReadProbe(size_t bytes, int threads)
     : bytes_(checked(bytes, threads)), arena_(bytes), memory_(arena_.take(bytes)) {
-  for (size_t lane = 1; lane < static_cast<size_t>(threads); ++lane) helpers_.emplace_back([this, lane] { help(lane); });
+  for (size_t lane = 1; lane < static_cast<size_t>(threads); ++lane)
+    helpers_.emplace_back([this, lane] { help(lane); });
 }
 
 ReadProbe::~ReadProbe() {

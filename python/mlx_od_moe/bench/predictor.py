@@ -62,7 +62,7 @@ def native_runs(natives: list[NativePredictor], x: np.ndarray) -> dict[str, Run]
     probe = ReadProbe(size * layers, first.threads)
     native, offset = itertools.cycle(natives), itertools.cycle(range(0, size * layers, size))
     return {
-        OURS: timed_in_turn([native.predict for native in natives], x, out=out),
+        OURS: timed_in_turn([native.predict for native in natives], x, None, None, None, out),
         NATIVE: lambda: time_predict(next(native), x, first.top_k),
         READ: lambda: probe.read(next(offset), size),
     }
@@ -104,7 +104,7 @@ def measure(
         rounds=400,
         seconds=options.seconds,
         warm_up=1 if options.layers > 1 else 3,
-        calls=11 if options.layers > 1 else 7,
+        calls=11 if options.layers > 1 else 17,
         rest=0.01 if options.threads > 1 else 0.0,
     )
     found = {name: summary(t) for name, t in times.items()}
