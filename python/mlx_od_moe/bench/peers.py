@@ -228,11 +228,12 @@ def _openvino_int8(matrices: Matrices, threads: int) -> Forward:
 def _openvino_int4(matrices: Matrices, threads: int) -> Forward:
     import openvino as ov
 
+    pieces = []  # a tensor of packed values refers to its array, and does not keep it
+
     def build(ops: Any, weights: np.ndarray) -> Any:
         values, scales = quantize_int4(weights)
-        packed = ov.Tensor(
-            (values[..., 0::2] | values[..., 1::2] << 4).reshape(-1), list(values.shape), ov.Type.u4
-        )
+        pieces.append((values[..., 0::2] | values[..., 1::2] << 4).reshape(-1))
+        packed = ov.Tensor(pieces[-1], list(values.shape), ov.Type.u4)
         zero = ops.constant(np.full((1, 1, 1), 8, np.uint8))
         shifted = ops.subtract(
             ops.convert(ops.constant(packed), np.float32), ops.convert(zero, np.float32)
@@ -241,7 +242,12 @@ def _openvino_int4(matrices: Matrices, threads: int) -> Forward:
         return ops.reshape(scaled, np.array(weights.shape), False)
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
-    return _openvino(build, matrices, threads, options)
+    forward = _openvino(build, matrices, threads, options)
+
+    def run(x: np.ndarray, _kept: list[np.ndarray] = pieces) -> Any:
+        return forward(x)
+
+    return run
 
 
 def _mlx(matrices: Matrices, bits: int | None) -> Forward:

@@ -171,6 +171,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print each block as it comes, return all."""
     if min(options.tokens) < 1 or options.layers < 1:
         raise ValueError("--tokens and --layers must be 1 or more")
+    known = {name for makers in PEERS.values() for name in makers}
+    if unknown := set(options.peers or ()) - known:
+        raise ValueError(
+            f"no peer is named {', '.join(sorted(unknown))}: {', '.join(sorted(known))}"
+        )
     sizes = ("hidden_size", "predictor_size", "num_experts", "lookahead")
     config = PredictorConfig(**{name: getattr(options, name) for name in sizes})
     print(f"{config.hidden_size} -> {config.predictor_size} -> {config.lookahead} x "
