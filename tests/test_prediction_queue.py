@@ -23,7 +23,7 @@ def test_cpp(configuration):
 
 @pytest.mark.timeout(900)
 def test_neon_under_emulation():
-    """ARM's instructions, atomic ones included; on x86 the emulator hides most of its weak order."""
+    """ARM's instructions, atomic ones too; on x86 the emulator hides most of its weak order."""
     run_neon("prediction_tests", "max")
 
 

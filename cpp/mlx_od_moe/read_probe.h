@@ -29,7 +29,8 @@ class MLX_OD_MOE_API ReadProbe {
   ReadProbe(const ReadProbe&) = delete;
   ReadProbe& operator=(const ReadProbe&) = delete;
 
-  // Loads each of the `bytes` from `offset` on once; returns how long that took.
+  // Loads each of the `bytes` from `offset` on once, but for what is left of 512 of each thread's share;
+  // returns how long that took.
   double read(size_t offset, size_t bytes);
 
   size_t bytes() const { return bytes_; }
