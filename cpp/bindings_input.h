@@ -19,8 +19,8 @@ namespace nb = nanobind;
 namespace mx = mlx::core;
 using mlx_od_moe::DType;
 
-// A shape without memory of its own: a call from Python finds its caches full of weights, and every line
-// that it touches costs it as much as half a microsecond's arithmetic.
+// A shape that allocates nothing. A call follows a forward, which has filled the caches with weights: each
+// line of memory that it touches comes from afar.
 class Shape {
  public:
   static constexpr size_t kMaxAxes = 16;

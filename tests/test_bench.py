@@ -79,13 +79,15 @@ def test_peers_that_are_not_installed_are_left_out_with_the_reason(tmp_path, mon
     assert "torch left out: ImportError" in capsys.readouterr().out
 
 
-def test_no_peers_and_layers_in_rotation_with_two_threads(tmp_path):
-    words = ("--formats", "int8", "--peers", "--layers", "3", "--threads", "2", *SMALL)
+def test_layers_in_rotation_with_two_threads(tmp_path):
+    peers = ("--peers", "onnxruntime")  # which can't be measured so
+    words = ("--formats", "int8", *peers, "--layers", "3", "--threads", "2", *SMALL)
     result = bench(tmp_path, "predictor", *words)
     assert (result["layers"], result["threads"]) == (3, 2)
     (row,) = result["results"]
     assert row["microseconds"].keys() == OURS
     assert row["best_peer"] is None
+    assert row["left_out"].keys() == {"onnxruntime"}
 
 
 def test_layers_are_as_many_and_alike():

@@ -77,6 +77,9 @@ def make_peers(
     """
     runs, left_out = {}, {}
     for name, maker in makers.items():
+        if name == "onnxruntime" and threads > 1 and layers > 1:
+            left_out[name] = "each copy would spin with threads of its own"
+            continue
         try:
             forwards = [maker(matrices, threads) for _ in range(layers)]
             forwards[0](x)
