@@ -75,9 +75,8 @@ def _torch_bf16(matrices: Matrices, threads: int) -> Forward:
 def _torch_int8(matrices: Matrices, threads: int) -> Forward:
     import torch
 
-    model = _torch_model(matrices, threads)
     quantize = torch.ao.quantization.quantize_dynamic
-    model = quantize(model, {torch.nn.Linear}, dtype=torch.qint8)
+    model = quantize(_torch_model(matrices, threads), {torch.nn.Linear}, dtype=torch.qint8)
 
     def run(x: np.ndarray) -> Any:
         with torch.inference_mode():
