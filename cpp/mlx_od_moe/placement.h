@@ -1,8 +1,7 @@
 // Keeps a helper thread off the CPU of the thread that wakes it.
 //
-// A helper that last ran on its caller's CPU may be woken there, though another CPU is idle: Linux looks
-// for one only for as long as it deems worth while, which with two CPUs is often not at all. The helper
-// then waits for the very thread that wants its help.
+// Seen on Linux 6.18 with two CPUs: a helper that last ran on its caller's CPU is woken there again and
+// again, though the other is idle, and waits for the very thread that wants its help.
 //
 // Threads    `settle` by the helper, `keep_clear` by any thread that is about to wake it.
 // Ownership  Nothing. The helper must live when keep_clear is called.
