@@ -127,11 +127,13 @@ class ExpertStore::Core {
              std::to_string(scores.size()));
     }
     int accepted = 0;
+    bool more = false;
     {
       const std::lock_guard lock(mutex_);
       accepted = schedule_.predict(layer, ids, scores, step);
+      more = accepted > 0 && schedule_.has_more();
     }
-    if (accepted > 0) wake_readers(1);
+    if (more) wake_readers(1);
     return accepted;
   }
 
