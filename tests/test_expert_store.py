@@ -88,6 +88,45 @@ def test_ids_may_be_anything_of_integers(store, ids):
         assert lease.slots.shape == np.shape(ids)
 
 
+@pytest.mark.parametrize("parts", [packed_experts.PARTS, packed_experts.ALIGNED])
+def test_direct_reads_bring_the_same_bytes(tmp_path, parts):
+    packed_experts.write(tmp_path, LAYERS, EXPERTS, parts)
+    try:
+        store = ExpertStore(tmp_path, "50%", direct_io=True, verify=True)
+    except OSError as error:
+        pytest.skip(f"no direct I/O here: {error}")
+    size = store.expert_bytes(5)
+    with store:
+        for ids in ([3, 1, 7], [0, 6], [5]):
+            with store.acquire(5, ids) as lease:
+                for expert, slot in zip(ids, lease.slots, strict=True):
+                    want = packed_experts.content(5, expert, size)
+                    assert np.array_equal(bytes_in(store, 5, slot), want)
+
+
+def test_without_prefetch_it_is_least_recently_used_to_the_letter(folder):
+    """Hits and what is resident, against an ordered dict."""
+    random = np.random.default_rng(3)
+    with ExpertStore(folder, 8 * packed_experts.EXPERT_BYTES) as store:
+        resident: dict[int, None] = {}  # the least recently used first
+        hits = 0
+        for _ in range(3000):
+            ids = random.choice(EXPERTS, random.integers(1, 4), replace=False)
+            with store.acquire(2, ids):
+                pass
+            missing = [e for e in ids if e not in resident]
+            hits += len(ids) - len(missing)
+            for e in ids:
+                if resident.pop(e, "absent") is None:
+                    resident[e] = None
+            for e in missing:
+                if len(resident) == 4:
+                    del resident[next(iter(resident))]
+                resident[e] = None
+            assert store.resident(2) == sorted(resident)
+        assert store.counters()["hits"] == hits
+
+
 def test_prefetch_and_counters(store):
     assert store.prefetch(2, [3, 4], scores=[0.9, 0.1]) == 2
     assert store.prefetch(2, [3]) == 0
