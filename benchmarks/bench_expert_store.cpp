@@ -6,7 +6,7 @@
 //   bench_expert_store --soak MINUTES [--dir DIR]   random use by several threads, every byte checked
 //
 // DIR is where a packed model of that size is written, and removed again. Without --direct the file is
-// dropped from the page cache before each round.
+// dropped from the page cache before each round. Who reads first changes from round to round.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -182,17 +182,21 @@ void bench_reads(const std::string& parent, int rounds, int mib, int readers, in
   for (int layer = 0; layer < layers; ++layer) {
     memory.push_back(new Aligned(kExperts * bytes));
     pools.push_back({static_cast<std::byte*>(memory.back()->memory)});
-    std::memset(memory.back()->memory, 1, kExperts * bytes);
   }
+  read_store(*std::make_unique<ExpertStore>(file, options, pools), kExperts);
   std::vector<double> raw, ours, ratios;
-  for (int round = 0; round < rounds; ++round) {
-    if (!direct) drop_from_cache(*file);
-    raw.push_back(read_raw(*file, readers, direct));
+  const auto read_ours = [&] {
     if (!direct) drop_from_cache(*file);
     ExpertStore store(file, options, pools);
     ours.push_back(read_store(store, kExperts));
-    ratios.push_back(ours.back() / raw.back());
     if (!model.holds(pools.back()[0], layers - 1, 0)) std::fprintf(stderr, "wrong bytes\n"), std::exit(1);
+  };
+  for (int round = 0; round < rounds; ++round) {
+    if (round % 2 == 1) read_ours();
+    if (!direct) drop_from_cache(*file);
+    raw.push_back(read_raw(*file, readers, direct));
+    if (round % 2 == 0) read_ours();
+    ratios.push_back(ours.back() / raw.back());
   }
   for (Aligned* each : memory) delete each;
   std::printf("%s, %d readers, %d KiB an expert, %d MiB: MB/s pread %.0f, store %.0f; ratio %.2f (%.2f ... %.2f)\n",
