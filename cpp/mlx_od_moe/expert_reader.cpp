@@ -16,7 +16,11 @@
 namespace mlx_od_moe {
 namespace {
 
+#if defined(IOV_MAX)
 constexpr size_t kMostParts = IOV_MAX;
+#else
+constexpr size_t kMostParts = 16;  // what POSIX promises
+#endif
 
 uint64_t down(uint64_t n) { return n / ExpertReader::kAlignment * ExpertReader::kAlignment; }
 uint64_t up(uint64_t n) { return down(n + ExpertReader::kAlignment - 1); }
@@ -141,7 +145,9 @@ void ExpertReader::read(size_t layer, int expert, std::span<std::byte* const> pa
       ++n;
     }
     read_run(target, rest.first(n), scratch);
+    const Extent& last = rest[n - 1];
     rest = rest.subspan(n);
+    if (rest.empty() || rest[0].file != last.file) check_unchanged(target, last);
   }
   if (options_.verify) check_sum(target);
   if (end) limiter_->wait_until(*end);
@@ -153,7 +159,6 @@ void ExpertReader::read_run(const Target& target, std::span<const Extent> run, S
                                  is_aligned(reinterpret_cast<uintptr_t>(target.address(extent)));
                         });
   in_place ? read_in_place(target, run, scratch) : read_through_buffer(target, run, scratch);
-  check_unchanged(target, run.front());
 }
 
 void ExpertReader::read_in_place(const Target& target, std::span<const Extent> run, Scratch& scratch) {

@@ -9,7 +9,8 @@
 //            it was changed, replaced or removed since; EBADMSG where a checksum differs. Constructor:
 //            std::invalid_argument for options that the file does not allow; std::system_error.
 // Units      Bytes.
-// Costs      A preadv for each run of bytes, and two cheap system calls. Direct reads on Linux pass through
+// Costs      A preadv for each run of bytes, and two cheap system calls for each file. Direct reads on Linux pass
+// through
 //            a buffer of up to kDirectBytes for each Scratch, and cost a copy, where files, parts and their
 //            memory are not all aligned.
 #pragma once

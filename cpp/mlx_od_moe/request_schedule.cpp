@@ -31,7 +31,9 @@ void RequestSchedule::add(ExpertRequest& request, std::span<const int32_t> ids) 
   if (layer.experts.speculative_bytes() > 0 || layer.experts.queued() > 0) stuck_ = false;
   layer.experts.begin_pass(request.experts, step_);
   current_ = request.layer;
-  if (!admit(request)) layer.waiting.push_back(&request);
+  // Who waits goes first, but never stands in the way of what needs no slot.
+  const bool in_turn = layer.waiting.empty() || layer.experts.holds(request.experts);
+  if (!in_turn || !admit(request)) layer.waiting.push_back(&request);
 }
 
 void RequestSchedule::check_fits(const ExpertRequest& request) const {

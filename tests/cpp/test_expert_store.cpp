@@ -146,6 +146,20 @@ TEST_CASE("a lease forbids eviction, and who finds no slot waits for a release")
   check_identities(rig.store->counters());
 }
 
+TEST_CASE("who waits for many slots is not passed by who wants few") {
+  Rig rig(3);
+  ExpertLease first = rig.acquire(1, {0});
+  ExpertLease many = rig.store->request(1, Ids{1, 2, 3});
+  ExpertLease few = rig.store->request(1, Ids{4});
+  rig.use(1, {0});  // needs no slot
+  CHECK_FALSE(few.wait(Parking::Clock::now() + milliseconds(20)));
+  first.release();
+  CHECK(many.wait());
+  CHECK_FALSE(few.ready());
+  many.release();
+  CHECK(few.wait());
+}
+
 TEST_CASE("what is predicted while a request waits for slots is read once") {
   Rig rig(2, 1);
   ExpertLease first = rig.acquire(1, {0, 1});
