@@ -58,6 +58,7 @@ class ExpertFile:
     """The experts of a model directory: an mlx-lm or Hugging Face checkpoint, or a packed one.
 
     Opening reads headers only. Files stay open until the object goes. Any thread may use it.
+    `native` is the same in C++.
 
     Raises FileNotFoundError where `path` holds no model, ValueError naming the file and the tensor
     where files contradict themselves, lack something, or hold experts in a form that mlx-lm must
