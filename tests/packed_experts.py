@@ -1,13 +1,14 @@
-"""A packed directory whose bytes are known."""
+"""A packed directory whose bytes are known, and what a store holds of it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from mlx_od_moe import _ext
+from mlx_od_moe import ExpertStore, _ext
 
 # By name: (dtype, shape of one expert, bytes).
 Parts = dict[str, tuple[str, tuple[int, ...], int]]
@@ -48,3 +49,13 @@ def write(
     manifest = {"format": "mlx-od-moe-experts", "version": 1, "alignment": 4096, "layers": entries}
     (folder / "experts.json").write_text(json.dumps(manifest))
     return folder
+
+
+def bytes_in(store: ExpertStore, layer: int, slot: int) -> np.ndarray:
+    """What MLX sees of a slot, the parts one after the other."""
+    parts = [np.array(pool[slot].view(mx.uint8)) for pool in store.pools(layer).values()]
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def holds(store: ExpertStore, layer: int, expert: int, slot: int) -> bool:
+    return np.array_equal(bytes_in(store, layer, slot), content(layer, expert))
