@@ -44,11 +44,20 @@ struct Store {
   ExpertStore* operator->() const { return store.get(); }
 };
 
-// Memory for a pool, without a value.
-mx::array new_pool(const std::vector<int>& shape, mx::Dtype dtype) {
-  size_t bytes = mx::size_of(dtype);
-  for (int n : shape) bytes *= static_cast<size_t>(n);
-  return mx::array(mx::allocator::malloc(bytes), mx::Shape(shape.begin(), shape.end()), dtype);
+// Memory for a pool, without a value. Aligned, so that direct reads can go there without a detour: what
+// MLX allocates on a CPU is not.
+mx::array new_pool(const std::vector<int>& sizes, mx::Dtype dtype) {
+  constexpr size_t kAlignment = mlx_od_moe::ExpertReader::kAlignment;
+  const mx::Shape shape(sizes.begin(), sizes.end());
+  size_t items = 1;
+  for (int n : sizes) items *= static_cast<size_t>(n);
+  mx::array memory(mx::allocator::malloc(items * dtype.size() + kAlignment), shape, dtype);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data<char>());
+  const size_t skipped = (kAlignment - address % kAlignment) % kAlignment / dtype.size();
+  mx::array pool(shape, dtype, nullptr, {});
+  pool.copy_shared_buffer(memory, memory.strides(), memory.flags(), items, static_cast<int64_t>(skipped));
+  pool.set_status(mx::array::Status::available);
+  return pool;
 }
 
 void make_store(Store* self, const std::shared_ptr<ExpertFile>& file, std::vector<int> slots,

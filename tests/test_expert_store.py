@@ -6,20 +6,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import packed_experts
 from mlx_od_moe import ExpertStore
 from mlx_od_moe.expert_file import ExpertFile
 from mlx_od_moe.expert_store import parse_bytes, parse_disk
+from packed_experts import bytes_in, holds
 from test_cpp import ADDRESS, RELEASE, THREAD, build, run
 
 LAYERS, EXPERTS = (2, 5), 8
@@ -40,16 +37,6 @@ def folder(tmp_path_factory) -> Path:
 def store(folder):
     with ExpertStore(folder, capacity=8 * packed_experts.EXPERT_BYTES) as s:
         yield s
-
-
-def bytes_in(store: ExpertStore, layer: int, slot: int) -> np.ndarray:
-    """What MLX sees of a slot, the parts one after the other."""
-    parts = [np.array(pool[slot].view(mx.uint8)) for pool in store.pools(layer).values()]
-    return np.concatenate([part.ravel() for part in parts])
-
-
-def holds(store: ExpertStore, layer: int, expert: int, slot: int) -> bool:
-    return np.array_equal(bytes_in(store, layer, slot), packed_experts.content(layer, expert))
 
 
 def test_slots_are_places_in_the_pools(store):
@@ -86,6 +73,22 @@ def test_products_with_pools_are_those_with_all_experts(store):
 def test_ids_may_be_anything_of_integers(store, ids):
     with store.acquire(2, ids) as lease:
         assert lease.slots.shape == np.shape(ids)
+
+
+@pytest.mark.parametrize("parts", [packed_experts.PARTS, packed_experts.ALIGNED])
+def test_direct_reads_bring_the_same_bytes(tmp_path, parts):
+    packed_experts.write(tmp_path, LAYERS, EXPERTS, parts)
+    try:
+        store = ExpertStore(tmp_path, "50%", direct_io=True, verify=True)
+    except OSError as error:
+        pytest.skip(f"no direct I/O here: {error}")
+    size = store.expert_bytes(5)
+    with store:
+        for ids in ([3, 1, 7], [0, 6], [5]):
+            with store.acquire(5, ids) as lease:
+                for expert, slot in zip(ids, lease.slots, strict=True):
+                    want = packed_experts.content(5, expert, size)
+                    assert np.array_equal(bytes_in(store, 5, slot), want)
 
 
 def test_prefetch_and_counters(store):
@@ -252,91 +255,6 @@ def test_memory_stays_within_the_capacity(tmp_path):
     growth, capacity = map(int, done.stdout.split())
     assert capacity == 30 * 2**20
     assert growth <= capacity + 2**22, growth
-
-
-class StoreModel(RuleBasedStateMachine):
-    """The store against a plain model: who is leased, who must be resident, what was looked up."""
-
-    folder: Path
-
-    def __init__(self):
-        super().__init__()
-        self.store = ExpertStore(self.folder, 6 * packed_experts.EXPERT_BYTES, policy=self.policy)
-        self.leases: list[tuple[int, list[int], object]] = []
-        self.lookups: Counter[int] = Counter()
-        self.step = 0
-
-    operations = 0
-    policy = "lru"
-    layers = st.sampled_from(LAYERS)
-    ids = st.lists(st.integers(0, EXPERTS - 1), max_size=5)
-
-    def held(self, layer: int) -> set[int]:
-        return {e for at, experts, _ in self.leases if at == layer for e in experts}
-
-    @rule(layer=layers, ids=ids)
-    def acquire(self, layer, ids):
-        if len(set(ids)) > 3:
-            with pytest.raises(ValueError, match="3 slots"):
-                self.store.acquire(layer, ids)
-        elif len(self.held(layer) | set(ids)) > 3:
-            with pytest.raises(TimeoutError):
-                self.store.acquire(layer, ids, timeout=0)
-        else:
-            lease = self.store.acquire(layer, ids)
-            self.lookups[layer] += len(set(ids))
-            self.leases.append((layer, ids, lease))
-
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data):
-        _, _, lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        lease.release()
-
-    @rule(layer=layers, ids=ids, ahead=st.integers(-1, 2), score=st.floats(0, 1, width=32))
-    def prefetch(self, layer, ids, ahead, score):
-        step = max(self.step + ahead, 0)
-        taken = self.store.prefetch(layer, ids, [score] * len(ids), step)
-        assert 0 <= taken <= (0 if step < self.step else len(set(ids) - self.held(layer)))
-
-    @rule(ahead=st.integers(-1, 2))
-    def cancel(self, ahead):
-        self.store.cancel(max(self.step + ahead, 0))
-        self.step = max(self.step, self.step + ahead)
-        assert self.store.step == self.step
-
-    @invariant()
-    def leased_experts_are_where_they_were_and_counters_agree(self):
-        type(self).operations += 1
-        for layer, ids, lease in self.leases:
-            slots = dict(zip(ids, lease.slots, strict=True))
-            assert len(set(slots.values())) == len(slots)
-            assert all(holds(self.store, layer, e, slot) for e, slot in slots.items())
-        for layer, c in self.store.counters()["layers"].items():
-            resident = set(self.store.resident(layer))
-            assert self.held(layer) <= resident
-            assert len(resident) <= 3
-            assert c["lookups"] == self.lookups[layer] == c["hits"] + c["late"] + c["misses"]
-            assert c["prefetched"] == c["useful"] + c["late"] + c["wasted"] + c["pending"]
-            assert c["accepted"] == c["prefetched"] + c["overtaken"] + c["cancelled"] + c["queued"]
-            assert c["failed_demands"] == c["failed_prefetches"] == 0
-
-    def teardown(self):
-        self.store.close()
-
-
-@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-def test_random_operations(folder, policy):
-    model = type("Model", (StoreModel,), {"folder": folder, "policy": policy})
-    machine = model.TestCase
-    machine.settings = settings(
-        max_examples=150,
-        stateful_step_count=100,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    machine().runTest()
-    assert model.operations >= 5000
 
 
 def test_a_checkpoint_as_mlx_lm_wrote_it():

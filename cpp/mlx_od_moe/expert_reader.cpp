@@ -16,10 +16,20 @@
 namespace mlx_od_moe {
 namespace {
 
+#if defined(IOV_MAX)
 constexpr size_t kMostParts = IOV_MAX;
+#else
+constexpr size_t kMostParts = 16;  // what POSIX promises
+#endif
 
 uint64_t down(uint64_t n) { return n / ExpertReader::kAlignment * ExpertReader::kAlignment; }
 uint64_t up(uint64_t n) { return down(n + ExpertReader::kAlignment - 1); }
+
+#if defined(__linux__)
+bool is_aligned(uint64_t n) { return n % ExpertReader::kAlignment == 0; }
+#else
+bool is_aligned(uint64_t) { return true; }  // elsewhere direct reads go anywhere
+#endif
 
 // Takes the first `bytes` of the parts away.
 std::span<iovec> without(std::span<iovec> parts, uint64_t bytes) {
@@ -135,23 +145,23 @@ void ExpertReader::read(size_t layer, int expert, std::span<std::byte* const> pa
       ++n;
     }
     read_run(target, rest.first(n), scratch);
+    const Extent& last = rest[n - 1];
     rest = rest.subspan(n);
+    if (rest.empty() || rest[0].file != last.file) check_unchanged(target, last);
   }
   if (options_.verify) check_sum(target);
   if (end) limiter_->wait_until(*end);
 }
 
 void ExpertReader::read_run(const Target& target, std::span<const Extent> run, Scratch& scratch) {
-#if defined(__linux__)
-  const bool aligned = direct_.empty();
-#else
-  const bool aligned = true;  // elsewhere nothing needs alignment
-#endif
-  aligned ? read_buffered(target, run, scratch) : read_direct(target, run, scratch);
-  check_unchanged(target, run.front());
+  const bool in_place = direct_.empty() || std::all_of(run.begin(), run.end(), [&](const Extent& extent) {
+                          return is_aligned(extent.offset) && is_aligned(extent.bytes) &&
+                                 is_aligned(reinterpret_cast<uintptr_t>(target.address(extent)));
+                        });
+  in_place ? read_in_place(target, run, scratch) : read_through_buffer(target, run, scratch);
 }
 
-void ExpertReader::read_buffered(const Target& target, std::span<const Extent> run, Scratch& scratch) {
+void ExpertReader::read_in_place(const Target& target, std::span<const Extent> run, Scratch& scratch) {
   scratch.parts.clear();
   for (const Extent& extent : run) scratch.parts.push_back({target.address(extent), extent.bytes});
   std::span<iovec> parts = without(scratch.parts, 0);
@@ -159,10 +169,12 @@ void ExpertReader::read_buffered(const Target& target, std::span<const Extent> r
     const uint64_t got = read_some(target, run.front(), parts.first(std::min(parts.size(), kMostParts)), offset);
     offset += got;
     parts = without(parts, got);
+    // A direct read that was short goes on only where the next is aligned too.
+    if (!direct_.empty() && !is_aligned(got)) return read_through_buffer(target, run, scratch);
   }
 }
 
-void ExpertReader::read_direct(const Target& target, std::span<const Extent> run, Scratch& scratch) {
+void ExpertReader::read_through_buffer(const Target& target, std::span<const Extent> run, Scratch& scratch) {
   const uint64_t begin = run.front().offset;
   const uint64_t end = run.back().offset + run.back().bytes;
   const uint64_t room = std::min(up(end) - down(begin), kDirectBytes);

@@ -9,8 +9,10 @@
 //            it was changed, replaced or removed since; EBADMSG where a checksum differs. Constructor:
 //            std::invalid_argument for options that the file does not allow; std::system_error.
 // Units      Bytes.
-// Costs      A preadv for each run of bytes, and two cheap system calls. Direct reads pass through a buffer
-//            of up to kDirectBytes for each Scratch, and cost a copy.
+// Costs      A preadv for each run of bytes, and two cheap system calls for each file. Direct reads on Linux pass
+// through
+//            a buffer of up to kDirectBytes for each Scratch, and cost a copy, where files, parts and their
+//            memory are not all aligned.
 #pragma once
 
 #include <sys/types.h>
@@ -92,8 +94,8 @@ class ExpertReader {
   struct Target;  // the expert that is being read
 
   void read_run(const Target& target, std::span<const Extent> run, Scratch& scratch);
-  void read_buffered(const Target& target, std::span<const Extent> run, Scratch& scratch);
-  void read_direct(const Target& target, std::span<const Extent> run, Scratch& scratch);
+  void read_in_place(const Target& target, std::span<const Extent> run, Scratch& scratch);
+  void read_through_buffer(const Target& target, std::span<const Extent> run, Scratch& scratch);
   uint64_t read_some(const Target& target, const Extent& extent, std::span<const iovec> parts, uint64_t offset);
   void check_unchanged(const Target& target, const Extent& extent);
   void check_sum(const Target& target);

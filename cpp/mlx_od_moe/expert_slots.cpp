@@ -5,6 +5,9 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mlx_od_moe {
 namespace {
@@ -12,6 +15,20 @@ namespace {
 constexpr size_t kPage = 16384;  // Apple silicon's; a multiple of the others'
 
 size_t rounded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+// Only those that lie wholly inside: a pool never takes more memory than its bytes.
+void prefer_huge_pages(std::byte* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  // Refused where huge pages are off: nothing is lost then.
+  if (first < last) madvise(memory + (first - begin), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
+#endif
+}
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("[ExpertStore] " + what); }
 
@@ -80,6 +97,7 @@ ExpertSlots::ExpertSlots(const ExpertLayout& layout, std::vector<int> slots, Poo
     for (size_t p = 0; p < layer.parts.size(); ++p) {
       const size_t bytes = layer.parts[p].bytes;
       pools.push_back({lent.empty() ? next : lent[i][p], bytes});
+      prefer_huge_pages(pools.back().base, count * bytes);
       if (lent.empty()) next += rounded(count * bytes);
       bytes_ += count * bytes;
     }

@@ -80,11 +80,13 @@ class ExpertStore::Core {
   void request(ExpertRequest& request, std::span<const int32_t> ids) {
     check_usable();
     check_ids(request.layer, ids);
+    bool more = false;
     {
       const std::lock_guard lock(mutex_);
       schedule_.add(request, ids);
+      more = schedule_.has_more();
     }
-    if (!request.settled()) wake_readers(ids.size());
+    if (more) wake_readers(static_cast<size_t>(request.pending.load(std::memory_order_relaxed)));
   }
 
   bool wait(ExpertRequest& request, Clock::time_point deadline) {
@@ -127,11 +129,13 @@ class ExpertStore::Core {
              std::to_string(scores.size()));
     }
     int accepted = 0;
+    bool more = false;
     {
       const std::lock_guard lock(mutex_);
       accepted = schedule_.predict(layer, ids, scores, step);
+      more = accepted > 0 && schedule_.has_more();
     }
-    if (accepted > 0) wake_readers(1);
+    if (more) wake_readers(1);
     return accepted;
   }
 

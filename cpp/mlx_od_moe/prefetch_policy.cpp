@@ -54,8 +54,9 @@ void PrefetchPolicy::predicted(int layer, std::span<const LikelyExpert> experts)
   }
   forget(layer);
   for (const LikelyExpert& e : experts) {
-    if (!(e.probability > 0)) continue;  // NaN too
-    probability_[index(layer, e.expert)] = e.probability;
+    float& known = probability_[index(layer, e.expert)];
+    if (!(e.probability > 0) || known > 0) continue;  // NaN too; named twice, the first counts
+    known = e.probability;
     predicted_[size_t(layer)].push_back(e);
   }
 }

@@ -31,7 +31,7 @@ struct PrefetchOptions {
   // The experts of one prediction that are considered, for each distance; its length is the lookahead.
   std::vector<int> widths{16, 16, 16, 16};
   // The least probability that is worth a read, for each distance.
-  std::vector<float> thresholds{.05f, .05f, .05f, .05f};
+  std::vector<float> thresholds{.1f, .1f, .1f, .1f};
   float discount = .3f;
   // An expert that is predicted with q makes room for one that is predicted with p if q < margin x p.
   float margin = .1f;

@@ -28,9 +28,12 @@ void RequestSchedule::add(ExpertRequest& request, std::span<const int32_t> ids) 
     if (std::exchange(seen, requests_) != requests_) request.experts.push_back(id);
   }
   check_fits(request);
+  if (layer.experts.speculative_bytes() > 0 || layer.experts.queued() > 0) stuck_ = false;
   layer.experts.begin_pass(request.experts, step_);
   current_ = request.layer;
-  if (!admit(request)) layer.waiting.push_back(&request);
+  // Who waits goes first, but never stands in the way of what needs no slot.
+  const bool in_turn = layer.waiting.empty() || layer.experts.holds(request.experts);
+  if (!in_turn || !admit(request)) layer.waiting.push_back(&request);
 }
 
 void RequestSchedule::check_fits(const ExpertRequest& request) const {
@@ -72,6 +75,7 @@ void RequestSchedule::release(ExpertRequest& request) {
     for (int expert : request.experts) layer.experts.release(expert);
   }
   std::erase(request.admitted ? layer.loading : layer.waiting, &request);
+  if (layer.experts.queued() > 0) stuck_ = false;
   admit_waiting(layer);
 }
 
@@ -81,6 +85,7 @@ int RequestSchedule::predict(size_t layer, std::span<const int32_t> ids, std::sp
   for (size_t i = 0; i < ids.size(); ++i) {
     accepted += layers_[layer].experts.predict(ids[i], scores.empty() ? 1.0F : scores[i], step);
   }
+  if (accepted > 0) stuck_ = false;
   return accepted;
 }
 
@@ -97,13 +102,11 @@ std::optional<ExpertRead> RequestSchedule::next() {
   return read;
 }
 
-bool RequestSchedule::has_more() const {
-  const auto queued = [](const Layer& layer) { return layer.experts.queued() > 0; };
-  return !demands_.empty() || (prefetching_ < prefetchers_ && std::any_of(layers_.begin(), layers_.end(), queued));
-}
+bool RequestSchedule::has_more() const { return !demands_.empty() || (prefetching_ < prefetchers_ && !stuck_); }
 
 std::optional<ExpertRead> RequestSchedule::next_prefetch() {
-  if (prefetching_ >= prefetchers_) return std::nullopt;
+  if (prefetching_ >= prefetchers_ || stuck_) return std::nullopt;
+  stuck_ = true;
   uint64_t room = prefetch_bytes_;
   for (const Layer& layer : layers_) room -= std::min(room, layer.experts.speculative_bytes());
   for (const bool later : {false, true}) {
@@ -113,6 +116,7 @@ std::optional<ExpertRead> RequestSchedule::next_prefetch() {
       if (experts.expert_bytes() > room) return std::nullopt;
       if (!experts.begin_prefetch(candidate.expert)) continue;
       ++prefetching_;
+      stuck_ = false;
       return ExpertRead{candidate.layer, candidate.expert, Cause::prefetch};
     }
   }
@@ -138,6 +142,7 @@ void RequestSchedule::finish(const ExpertRead& read, const std::shared_ptr<const
   Layer& layer = layers_[read.layer];
   layer.experts.finish(read.expert, read.cause, failure == nullptr);
   if (read.cause == Cause::prefetch) --prefetching_;
+  stuck_ = false;
   std::erase_if(layer.loading, [&](ExpertRequest* request) { return settles(*request, layer, read.expert, failure); });
   admit_waiting(layer);
 }

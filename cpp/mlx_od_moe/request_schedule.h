@@ -102,6 +102,7 @@ class RequestSchedule {
   uint64_t step_ = 0;
   size_t current_ = 0;  // the layer that was asked for last
   int prefetching_ = 0;
+  bool stuck_ = true;  // when last looked no prefetch could begin, and nothing has changed that since
 };
 
 }  // namespace mlx_od_moe

@@ -41,6 +41,10 @@ void ResidentExperts::overtake(int expert) {
   ++counters_.overtaken;
 }
 
+bool ResidentExperts::holds(std::span<const int> experts) const {
+  return std::none_of(experts.begin(), experts.end(), [this](int e) { return at(e).state == State::absent; });
+}
+
 bool ResidentExperts::has_room(std::span<const int> experts) const {
   int absent = 0, stay = 0;
   for (int expert : experts) {

@@ -32,6 +32,8 @@ class ResidentExperts {
 
   // Ends the predictions of the pass before, but for what is queued for a step after `step`.
   void begin_pass(std::span<const int> wanted, uint64_t step);
+  // Whether all have slots.
+  bool holds(std::span<const int> experts) const;
   // Whether slots can be had for all that are absent while the others stay.
   bool has_room(std::span<const int> experts) const;
   // Counts lookups and takes leases; slots for what is absent. Returns how many are not resident yet, and

@@ -53,7 +53,7 @@ class Prefetching:
     """
 
     widths: tuple[int, ...] = (16, 16, 16, 16)
-    thresholds: tuple[float, ...] = (0.05, 0.05, 0.05, 0.05)
+    thresholds: tuple[float, ...] = (0.1, 0.1, 0.1, 0.1)
     discount: float = 0.3
     margin: float = 0.1
 

@@ -28,7 +28,7 @@ def add_flags(flag: Any) -> None:
     flag("--no-token-table", action="store_true", help="predict no layer from the token alone")
     flag("--no-oracles", action="store_true", help="replay no prefetch of the true routes")
     flag("--widths", type=int, nargs="+", default=[16] * 4, help="experts read ahead per distance")
-    flag("--thresholds", type=float, nargs="+", default=[0.05] * 4, help="least probability")
+    flag("--thresholds", type=float, nargs="+", default=[0.1] * 4, help="least probability")
     flag("--discount", type=float, default=0.3, help="of priority, per layer of distance")
     flag("--margin", type=float, default=0.1, help="evicted for p: what has less than margin x p")
     flag("--experts-per-layer-time", type=float, nargs="+", default=[6.0], help="the disk's speed")

@@ -58,12 +58,12 @@ TEST_CASE("a fresher prediction cancels the one before, and a layer that is reac
   policy.predicted(1, Experts{{4, .9f}, {5, .8f}});
   policy.predicted(1, Experts{{5, .7f}, {6, .6f}});
   CHECK(reads(policy) == Reads{{1, 5}, {1, 6}});
-  CHECK(policy.probability(1, 4) == 0);
+  CHECK(policy.probability(1, 4) == 0.f);
   CHECK(policy.probability(1, 5) == .7f);
   policy.predicted(2, Experts{{8, .9f}});
   policy.reached(1);
   CHECK(reads(policy) == Reads{{2, 8}});
-  CHECK(policy.probability(1, 5) == 0);
+  CHECK(policy.probability(1, 5) == 0.f);
 }
 
 TEST_CASE("layers follow each other across tokens, and never is the one at work read ahead") {
@@ -97,6 +97,8 @@ TEST_CASE("what is no probability is no prediction, and bad options are refused"
   policy.reached(0);
   policy.predicted(1, Experts{{0, std::nanf("")}, {1, 0.f}, {2, .5f}});
   CHECK(reads(policy) == Reads{{1, 2}});
+  policy.predicted(2, Experts{{4, .6f}, {4, .5f}});
+  CHECK(reads(policy) == Reads{{1, 2}, {2, 4}});
   CHECK_THROWS_WITH_AS(policy.predicted(3, Experts{}), "[PrefetchPolicy] layer: it is one of 3, got 3",
                        std::invalid_argument);
   CHECK_THROWS_AS(policy.predicted(1, Experts{{3, .5f}, {10, .5f}}), std::invalid_argument);

@@ -11,7 +11,7 @@
 #include <optional>
 #include <thread>
 
-#include "packed_experts.h"
+#include "store_rig.h"
 
 using namespace mlx_od_moe;
 using namespace mlx_od_moe::tests;
@@ -19,18 +19,8 @@ using std::chrono::milliseconds;
 
 namespace {
 
-using Ids = std::vector<int32_t>;
-
-struct Rig {
-  explicit Rig(StoreOptions options = {}) {
-    file = packed.open();
-    disk = std::make_shared<TestDisk>(file);
-    options.capacity_bytes = 8 * PackedExperts::kBytes;  // four slots a layer
-    options.reader.preadv = [d = disk](int fd, const iovec* parts, int count, off_t offset) {
-      return d->read(fd, parts, count, offset);
-    };
-    store = std::make_unique<ExpertStore>(file, options);
-  }
+struct FaultRig : Rig {
+  explicit FaultRig(const StoreOptions& options = {}) : Rig(4, 2, options) {}
 
   bool serves(int layer, int expert) {
     Ids ids = {expert}, slots = {-1};
@@ -52,30 +42,19 @@ struct Rig {
   void wait_for_failures(uint64_t n) {
     while (store->counters().failed_prefetches < n) std::this_thread::sleep_for(milliseconds(1));
   }
-
-  PackedExperts packed;
-  std::shared_ptr<const ExpertFile> file;
-  std::shared_ptr<TestDisk> disk;
-  std::unique_ptr<ExpertStore> store;
 };
-
-void check_identities(const StoreCounters& c) {
-  CHECK(c.lookups == c.hits + c.late + c.misses);
-  CHECK(c.prefetched == c.useful + c.late + c.wasted + c.pending);
-  CHECK(c.accepted == c.prefetched + c.overtaken + c.cancelled + c.queued);
-}
 
 }  // namespace
 
 TEST_CASE("short reads go on where they ended") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->limit(7);
   CHECK(rig.serves(1, 5));
   CHECK(rig.disk->begun().size() > PackedExperts::kBytes / 7);
 }
 
 TEST_CASE("an interrupted read is tried again") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, EINTR, 3);
   CHECK(rig.serves(1, 5));
   CHECK(rig.disk->begun().size() == 4);
@@ -83,7 +62,7 @@ TEST_CASE("an interrupted read is tried again") {
 }
 
 TEST_CASE("a failed demand names layer, expert, file and offset, and a later call tries again") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(3, 5, EIO, 1);
   const ExpertReadError error = rig.error(3, 5);
   CHECK(error.failure().layer == 3);
@@ -100,7 +79,7 @@ TEST_CASE("a failed demand names layer, expert, file and offset, and a later cal
 }
 
 TEST_CASE("all who wait for an expert get its error, and keep no lease") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, EIO, 1);
   rig.disk->shut();
   ExpertLease a = rig.store->request(1, Ids{5, 0});
@@ -121,7 +100,7 @@ TEST_CASE("all who wait for an expert get its error, and keep no lease") {
 }
 
 TEST_CASE("two experts of one request that both fail leave nothing behind") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, EIO, 1);
   rig.disk->fail(1, 6, EIO, 1);
   CHECK_THROWS_AS(rig.store->request(1, Ids{5, 6}).wait(), ExpertReadError);
@@ -134,7 +113,7 @@ TEST_CASE("two experts of one request that both fail leave nothing behind") {
 }
 
 TEST_CASE("a failed prefetch is silent and counted") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, EIO, 1);
   CHECK(rig.store->prefetch(1, Ids{5}, {}, 0) == 1);
   rig.wait_for_failures(1);
@@ -148,7 +127,7 @@ TEST_CASE("a failed prefetch is silent and counted") {
 }
 
 TEST_CASE("a failed prefetch that somebody had joined raises there") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, EIO, 1);
   rig.disk->shut();
   rig.store->prefetch(1, Ids{5}, {}, 0);
@@ -174,7 +153,7 @@ TEST_CASE("a file that is truncated, rewritten, replaced or removed is not serve
   };
   for (const char* how : {"truncated", "written", "replaced", "deleted"}) {
     CAPTURE(how);
-    Rig rig;
+    FaultRig rig;
     CHECK(rig.serves(1, 0));
     std::this_thread::sleep_for(milliseconds(20));  // the clock of file times is coarse
     change(how, rig.packed.path(1));
@@ -209,7 +188,7 @@ TEST_CASE("a checksum that differs is an error where it is asked for, and never 
 }
 
 TEST_CASE("a reader that throws anything lives on") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->fail(1, 5, -1, 1);
   CHECK(std::string(rig.error(1, 5).what()).find("the disk fell off") != std::string::npos);
   CHECK(rig.serves(1, 5));
@@ -262,7 +241,7 @@ TEST_CASE("verify needs checksums, and capacity one token's experts") {
 }
 
 TEST_CASE("destroying a store with reads in flight waits for them, and wakes who waits") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->shut();
   rig.store->prefetch(3, Ids{0, 1, 2}, {}, 0);
   ExpertLease lease = rig.store->request(1, Ids{0, 1, 2, 3});
@@ -278,7 +257,7 @@ TEST_CASE("destroying a store with reads in flight waits for them, and wakes who
 }
 
 TEST_CASE("a closed store refuses, and its leases can still be read from and released") {
-  Rig rig;
+  FaultRig rig;
   Ids ids = {6}, slots = {-1};
   ExpertLease lease = rig.store->acquire(1, ids, slots);
   rig.store->close();
@@ -294,7 +273,7 @@ TEST_CASE("a closed store refuses, and its leases can still be read from and rel
 TEST_CASE("closing does not wait for a slow disk model") {
   StoreOptions options;
   options.reader.disk = DiskModel{1.0, milliseconds(0)};  // hours for an expert
-  Rig rig(options);
+  FaultRig rig(options);
   ExpertLease lease = rig.store->request(1, Ids{0});
   rig.disk->wait_for_reads(1);
   rig.store->close();
@@ -303,7 +282,7 @@ TEST_CASE("closing does not wait for a slow disk model") {
 
 #if !defined(__SANITIZE_THREAD__)
 TEST_CASE("a child process after fork() is told, and does not hang") {
-  Rig rig;
+  FaultRig rig;
   rig.disk->shut();
   ExpertLease waits = rig.store->request(1, Ids{0});
   rig.disk->wait_for_reads(1);
