@@ -20,6 +20,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/predictor_file.cpp
   cpp/mlx_od_moe/prefetch_policy.cpp
+  cpp/mlx_od_moe/prefetcher.cpp
   cpp/mlx_od_moe/request_schedule.cpp
   cpp/mlx_od_moe/resident_experts.cpp
   cpp/mlx_od_moe/read_probe.cpp

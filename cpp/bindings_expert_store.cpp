@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "bindings_store.h"
 #include "bindings_wait.h"
 #include "mlx_od_moe/expert_store.h"
 
@@ -35,14 +36,6 @@ using Slots = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
 using Scores = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
 std::span<const int32_t> span(const Ids& ids) { return {ids.data(), ids.size()}; }
-
-// The pools are held for as long as the readers may write to them.
-struct Store {
-  std::vector<std::vector<mx::array>> pools;
-  std::unique_ptr<ExpertStore> store;
-
-  ExpertStore* operator->() const { return store.get(); }
-};
 
 // Memory for a pool, without a value. Aligned, so that direct reads can go there without a detour: what
 // MLX allocates on a CPU is not.
@@ -79,7 +72,7 @@ void make_store(Store* self, const std::shared_ptr<ExpertFile>& file, std::vecto
     lent.emplace_back();
     for (mx::array& pool : layer) lent.back().push_back(reinterpret_cast<std::byte*>(pool.data<char>()));
   }
-  auto store = std::make_unique<ExpertStore>(file, options, std::move(lent));
+  auto store = std::make_shared<ExpertStore>(file, options, std::move(lent));
   new (self) Store{std::move(pools), std::move(store)};
 }
 

@@ -1,21 +1,32 @@
-// What lends the store's slots to MLX: the native part of mlx_od_moe.switch.
+// What runs a model's experts from the store: the native part of mlx_od_moe.switch and mlx_od_moe.offload.
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
 #include <memory>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
-#include "mlx_od_moe/expert_store.h"
+#include "bindings_store.h"
+#include "mlx_od_moe/prefetcher.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
 using namespace nb::literals;
 using mlx_od_moe::ExpertLease;
+using mlx_od_moe::PredictionQueue;
+using mlx_od_moe::PredictionRecall;
+using mlx_od_moe::PrefetchChange;
+using mlx_od_moe::Prefetcher;
+using mlx_od_moe::PrefetcherOptions;
 
 namespace {
+
+using Ids = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 
 // MLX keeps the memory of an operation's inputs until the operation has run, on a CPU thread or a GPU, or
 // until its output goes without having been computed. So the end of that memory is the end of the lease.
@@ -27,9 +38,40 @@ std::vector<mx::array> lend(ExpertLease& lease, const std::vector<mx::array>& po
   for (const mx::array& pool : pools) {
     // The pool itself is held too: it may be the last that holds its memory.
     mx::allocator::Data data(pool.buffer(), [shared, pool](mx::allocator::Buffer) {});
-    lent.emplace_back(std::move(data), pool.shape(), pool.dtype());
+    const auto* begin = static_cast<const std::byte*>(pool.buffer().raw_ptr());
+    const auto offset = pool.data<std::byte>() - begin;
+    const mx::array memory(std::move(data), pool.shape(), pool.dtype());
+    mx::array& array = lent.emplace_back(pool.shape(), pool.dtype(), nullptr, std::vector<mx::array>{});
+    array.copy_shared_buffer(memory, pool.strides(), pool.flags(), pool.data_size(),
+                             offset / static_cast<int64_t>(pool.itemsize()));
+    array.set_status(mx::array::Status::available);
   }
   return lent;
+}
+
+nb::list recalls(const Prefetcher& prefetcher) {
+  nb::list out;
+  for (const PredictionRecall& r : prefetcher.recalls()) {
+    nb::dict one;
+    one["layer"] = r.layer;
+    one["distance"] = r.distance;
+    one["predictions"] = r.predictions;
+    one["chosen"] = r.chosen;
+    one["named"] = r.named;
+    one["useful"] = r.useful;
+    one["wasted"] = r.wasted;
+    one["on"] = r.on;
+    out.append(one);
+  }
+  return out;
+}
+
+nb::list take_changes(Prefetcher& prefetcher) {
+  nb::list out;
+  for (const PrefetchChange& c : prefetcher.take_changes()) {
+    out.append(nb::make_tuple(c.layer, c.distance, c.on, c.useful_share));
+  }
+  return out;
 }
 
 }  // namespace
@@ -44,4 +86,28 @@ It ends when MLX has computed all that these arrays went into, or that will neve
   m.def(
       "is_computed", [](const mx::array& array) { return array.is_available(); }, "array"_a,
       nb::sig("def is_computed(array: mlx.core.array) -> bool"), "Whether MLX has computed it; never waits.");
+
+  nb::class_<Prefetcher>(m, "Prefetcher", R"(Prefetches what a ShadowRunner predicts, where that pays.
+
+Give a runner its queue, and itself as on_prediction. See cpp/mlx_od_moe/prefetcher.h.)")
+      .def(
+          "__init__",
+          [](Prefetcher* self, const Store& store, const std::shared_ptr<PredictionQueue>& queue) {
+            new (self) Prefetcher(shared(store), queue, PrefetcherOptions());
+          },
+          "store"_a, "queue"_a)
+      .def("drain", &Prefetcher::drain, "Prefetches what the records that wait in the queue name.")
+      .def(
+          "reached",
+          [](Prefetcher& p, int layer, const Ids& ids, uint64_t step) {
+            p.reached(layer, {ids.data(), ids.size()}, step);
+          },
+          "layer"_a, "ids"_a, "step"_a,
+          nb::sig("def reached(self, layer: int, ids: numpy.typing.NDArray[numpy.int32], step: int) -> None"),
+          "The layer has chosen: its predictions are judged.")
+      .def("recalls", &recalls, nb::sig("def recalls(self) -> list[dict[str, typing.Any]]"),
+           "For each layer and distance: how its predictions have done, and whether they cause reads.")
+      .def("take_changes", &take_changes, nb::sig("def take_changes(self) -> list[tuple[int, int, bool, float]]"),
+           "(layer, distance, whether on now, share of useful ones), since the last call.")
+      .def("uses", &Prefetcher::uses, "layer"_a, "For each expert of the layer, the calls of `reached` that named it.");
 }

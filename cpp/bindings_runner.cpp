@@ -15,6 +15,7 @@
 
 #include "bindings.h"
 #include "bindings_wait.h"
+#include "mlx_od_moe/prefetcher.h"
 #include "mlx_od_moe/shadow_runner.h"
 
 namespace nb = nanobind;
@@ -171,7 +172,9 @@ class Runner {
     std::vector<mlx_od_moe::LayerPredictor> layers;
     for (const auto& [layer, predictor] : predictors) layers.push_back({layer, predictor.first, predictor.second});
     ShadowRunner::OnPrediction call;
-    if (!on_prediction.is_none()) {
+    if (std::shared_ptr<mlx_od_moe::Prefetcher> prefetcher; nb::try_cast(on_prediction, prefetcher) && prefetcher) {
+      call = [prefetcher](const PredictionRecord&) { prefetcher->drain(); };
+    } else if (!on_prediction.is_none()) {
       callback_ = std::make_shared<Callback>(std::move(on_prediction));
       call = [callback = callback_](const PredictionRecord& record) { (*callback)(record); };
     }

@@ -303,6 +303,9 @@ uint64_t ExpertStore::step() const { return core_->step(); }
 
 const std::vector<int>& ExpertStore::layers() const { return core_->layers; }
 int ExpertStore::slots(int layer) const { return core_->slots.slots(core_->index(layer)); }
+int ExpertStore::num_experts(int layer) const {
+  return core_->look(core_->index(layer), [](const ResidentExperts& experts) { return experts.num_experts(); });
+}
 uint64_t ExpertStore::capacity_bytes() const { return core_->slots.bytes(); }
 uint64_t ExpertStore::expert_bytes(int layer) const {
   return core_->look(core_->index(layer), [](const ResidentExperts& experts) { return experts.expert_bytes(); });

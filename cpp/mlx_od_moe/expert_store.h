@@ -92,6 +92,7 @@ class MLX_OD_MOE_API ExpertStore {
 
   const std::vector<int>& layers() const;
   int slots(int layer) const;
+  int num_experts(int layer) const;
   uint64_t expert_bytes(int layer) const;
   uint64_t capacity_bytes() const;  // of all slots
   std::byte* address(int layer, size_t part, int slot) const;

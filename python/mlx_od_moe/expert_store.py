@@ -152,7 +152,7 @@ class ExpertStore:
             layer: self._new_pools(layer, count)
             for layer, count in zip(self.layers, slots, strict=True)
         }
-        self._native = _ext.ExpertStore(
+        self.native = _ext.ExpertStore(
             self.file.native,
             slots,
             [list(pools.values()) for pools in self._pools.values()],
@@ -201,7 +201,7 @@ class ExpertStore:
         """
         wanted = _int32(ids)
         slots = np.empty(wanted.shape, np.int32)
-        return ExpertLease(self._native.acquire(layer, wanted, slots, timeout), slots)
+        return ExpertLease(self.native.acquire(layer, wanted, slots, timeout), slots)
 
     def prefetch(
         self,
@@ -222,27 +222,27 @@ class ExpertStore:
         queued for its step.
         """
         given = None if scores is None else np.ascontiguousarray(scores, np.float32)
-        return int(self._native.prefetch(layer, _int32(ids), given, step))
+        return int(self.native.prefetch(layer, _int32(ids), given, step))
 
     def cancel(self, step: int) -> None:
         """Begin a step: what is queued for earlier ones is dropped. Steps never go back."""
-        self._native.cancel(step)
+        self.native.cancel(step)
 
     @property
     def step(self) -> int:
         """The current step."""
-        return int(self._native.step)
+        return int(self.native.step)
 
     def resident(self, layer: int) -> list[int]:
         """The experts of the layer that are in memory, ascending."""
-        return list(self._native.resident(layer))
+        return list(self.native.resident(layer))
 
     def counters(self) -> dict[str, Any]:
         """Counts since opening, in all and under "layers" for each; see store_counters.h.
 
         lookups == hits + late + misses; prefetched == useful + late + wasted + pending.
         """
-        return dict(self._native.counters())
+        return dict(self.native.counters())
 
     def prometheus(self) -> str:
         """The counters of each layer in Prometheus' text format."""
@@ -257,7 +257,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """End the readers. Who waits gets RuntimeError. Twice is once."""
-        self._native.close()
+        self.native.close()
 
     def __enter__(self) -> ExpertStore:
         return self

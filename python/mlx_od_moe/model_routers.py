@@ -89,6 +89,12 @@ def _rule(config: RouterConfig) -> dict[str, str]:
     return rule
 
 
+def router_weight(layer: MoELayer, hidden_size: int) -> mx.array | None:
+    """A layer's router weight [num_experts, hidden_size] in float32; None where none was found."""
+    candidates = _candidates(layer, hidden_size)
+    return candidates[0].linear.weight if candidates else None
+
+
 def _probe(model: nn.Module, tokens: mx.array) -> list[tuple[Routing, mx.array | None]]:
     """One forward: each layer's routing, and the weight of the norm that made its input."""
     from mlx_lm.models.cache import make_prompt_cache
@@ -129,7 +135,7 @@ def _candidates(layer: MoELayer, hidden_size: int) -> list[Router]:
     if found is None:
         return []
     owner, module = found
-    weight = _dense_weight(module)
+    weight = dense_weight(module)
     if "scale" in owner and owner["scale"].shape == (hidden_size,):
         # gemma4's router norms its input itself; the division by its length keeps the ranking.
         weight = weight * owner["scale"].astype(mx.float32)
@@ -186,7 +192,8 @@ def _dense_shape(module: nn.Module) -> tuple[int, ...]:
     return (rows, columns * 32 // module.bits) if "scales" in module else (rows, columns)
 
 
-def _dense_weight(module: nn.Module) -> mx.array:
+def dense_weight(module: nn.Module) -> mx.array:
+    """A linear module's weight in float32, quantised or not."""
     if "scales" not in module:
         return module["weight"].astype(mx.float32)
     scales, biases = module["scales"], module.get("biases")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from . import _ext
-from ._ext import NativePredictor, Prediction, PredictionQueue
+from ._ext import NativePredictor, Prediction, PredictionQueue, Prefetcher
 from .predictor_bundle import PredictorBundle
 from .predictor_file import kind_of
 from .shadow_model import ExpertPredictor
@@ -39,7 +39,8 @@ class ShadowRunner(_ext.ShadowRunner):
         capacity: hidden states that may wait. One more, and the oldest of them is dropped.
         queue: where predictions go; default: one of its own, closed with the runner.
         on_prediction: called on the runner's thread for each prediction, after it is in the queue.
-            What it raises is raised by a later call of the runner.
+            What it raises is raised by a later call of the runner. A Prefetcher of that queue is
+            called without Python.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class ShadowRunner(_ext.ShadowRunner):
         k: int | None = None,
         capacity: int = 8,
         queue: PredictionQueue | None = None,
-        on_prediction: Callable[[Prediction], object] | None = None,
+        on_prediction: Callable[[Prediction], object] | Prefetcher | None = None,
     ):
         layers, predictors = _predictors(source, format, threads, moe_layers)
         super().__init__(predictors, layers, k, capacity, queue, on_prediction)

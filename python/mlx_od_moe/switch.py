@@ -108,7 +108,7 @@ class StoredExperts:
             lease = self._store.acquire(self.layer, ids.ravel()[chosen, None])
             output = self._with(lease, compute, rows[mx.array(chosen // ids.shape[-1])])
             outputs.append(output[: len(pairs), 0])
-            mx.async_eval(outputs[-1])
+            mx.async_eval(outputs[-1])  # type: ignore[no-untyped-call]
             order.append(pairs)
         places = np.empty(ids.size, np.uint32)
         places[np.concatenate(order)] = np.arange(ids.size, dtype=np.uint32)

@@ -1,0 +1,147 @@
+"""Shadow models beside a running model: its hidden states in, prefetches of the store out."""
+
+from __future__ import annotations
+
+import logging
+from threading import Lock
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ._ext import PredictionQueue, Prefetcher
+from .expert_store import ExpertStore
+from .predictor_bundle import PredictorBundle
+from .shadow_runner import ShadowRunner
+
+log = logging.getLogger("mlx_od_moe")
+
+# Experts of a layer that a prediction names: the width that was measured in docs/planning.md.
+WIDTH = 16
+# A hidden state has one row per sequence in decoding. More rows than this are a prompt.
+MOST_SEQUENCES = 64
+
+
+class ShadowPrefetcher:
+    """Judges predictions at every layer, and with a bundle makes them.
+
+    This is the one place where a runner is given hidden states, per layer and sequence.
+
+    Args:
+        store: whose experts are prefetched.
+        bundle: the predictors; None: only uses are counted.
+        format, threads: see ShadowRunner.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        bundle: PredictorBundle | None = None,
+        format: str = "int4",
+        threads: int = 1,
+    ):
+        queue = PredictionQueue()
+        self._native = Prefetcher(store.native, queue)
+        self._runner: ShadowRunner | None = None
+        self._sources: dict[int, list[int]] = {}
+        self._last: dict[int, NDArray[np.int32]] = {}
+        self._lock = Lock()
+        if bundle is None:
+            return
+        # Of layers that are resident as a whole nothing is to be read.
+        wanted = {n for n in store.layers if store.slots(n) < store.file.num_experts(n)}
+        self._sources = {n: t for n in bundle if wanted & set(t := bundle.targets(n))}
+        self._previous = {n for n in self._sources if bundle[n].config.previous_experts}
+        if self._sources:
+            k = min(WIDTH, min(p.config.num_experts for p in bundle.values()))
+            self._runner = ShadowRunner(
+                bundle, format, threads, k=k, queue=queue, on_prediction=self._native
+            )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there is anything to predict."""
+        return self._runner is not None
+
+    def observe(
+        self, layer: int, hidden: mx.array, ids: NDArray[np.int32], step: int, predict: bool
+    ) -> None:
+        """A layer has chosen `ids` [..., top_k] for `hidden` [..., hidden_size] in that step.
+
+        With `predict` the runner is given the state, where it is one of decoding.
+        """
+        self._native.reached(layer, ids, step)
+        if self._runner is None:
+            return
+        rows = hidden.shape[:-1]
+        with self._lock:
+            if predict and layer in self._sources and _is_decoding(rows):
+                self._predict(self._runner, layer, hidden, step)
+            self._last[layer] = ids.reshape(*rows, ids.shape[-1])[..., -1:, :]
+
+    def _predict(self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int) -> None:
+        try:
+            runner.predict_async(hidden, layer, step, self._previous_experts(layer, hidden))
+        except (RuntimeError, ValueError):
+            # The model computes on without predictions; its text is the same.
+            log.exception("prediction is switched off: layer %d", layer)
+            self._sources = {}
+
+    def _previous_experts(self, layer: int, hidden: mx.array) -> NDArray[np.int32] | None:
+        """Of the token before at the layers ahead [..., lookahead, top_k]; None: not known."""
+        if layer not in self._previous:
+            return None
+        known = [self._last.get(target) for target in self._sources[layer]]
+        shape = hidden.shape[:-1]
+        if any(ids is None or ids.shape[:-1] != shape for ids in known):
+            return None
+        return np.stack(known, axis=-2)  # type: ignore[arg-type]
+
+    def uses(self, layer: int) -> list[int]:
+        """For each expert of the layer, the passes that chose it."""
+        return list(self._native.uses(layer))
+
+    def log_changes(self) -> None:
+        """Say which predictions have been switched on or off."""
+        for layer, distance, on, share in self._native.take_changes():
+            log.info(
+                "predictions of layer %d from %d before are switched %s: %.0f%% of the experts "
+                "that they would have read were chosen",
+                layer,
+                distance,
+                "on" if on else "off",
+                share * 100,
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Recall per distance and layer, what is switched off, and the runner's counts."""
+        rows = [r for r in self._native.recalls() if r["predictions"]]
+        distances = sorted({r["distance"] for r in rows})
+        return {
+            "recall_at_k": {d: _recall([r for r in rows if r["distance"] == d]) for d in distances},
+            "layers": [
+                {
+                    **{n: r[n] for n in ("layer", "distance", "predictions", "useful", "wasted")},
+                    "recall_at_k": _recall([r]),
+                    "on": r["on"],
+                }
+                for r in rows
+            ],
+            "off": [(r["layer"], r["distance"]) for r in rows if not r["on"]],
+            "runner": self._runner.statistics() if self._runner else {},
+        }
+
+    def close(self) -> None:
+        """End the runner's thread. Twice is once."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+def _is_decoding(rows: tuple[int, ...]) -> bool:
+    return rows[-1] == 1 if len(rows) > 1 else rows[0] <= MOST_SEQUENCES
+
+
+def _recall(rows: list[dict[str, Any]]) -> float:
+    chosen = sum(r["chosen"] for r in rows)
+    return float(sum(r["named"] for r in rows) / chosen) if chosen else 0.0
