@@ -29,6 +29,8 @@ FOUNDATION = {
     "switch": {"_ext", "expert_store", "moe"},
     "guard": set(),
     "run_counts": {"expert_store"},
+    "route_recorder": {"durable_file"},
+    "generate_command": {"_ext", "offload", "route_recorder"},
     "usage": {"durable_file", "expert_store", "progress"},
     "fingerprint": {"model_routers", "moe", "predictor_bundle"},
     "prefetcher": {"_ext", "expert_store", "predictor_bundle", "shadow_runner"},

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cmake-dir", action="store_true", help="print where the CMake package lies, for C++"
     )
-    from . import simulate_command
+    from . import generate_command, simulate_command
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, add, run, text in (
@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
             simulate_command.add_flags,
             simulate_command.run,
             "replay routing: what would a machine wait for?",
+        ),
+        (
+            "generate",
+            generate_command.add_flags,
+            generate_command.run,
+            "generate text with a model whose experts stay on disk",
         ),
         ("demo", _demo_flags, _demo, "all of it on the small model that ships, in two minutes"),
     ):
