@@ -211,7 +211,7 @@ def test_queue_store_and_kernels_include_no_mlx():
     """Prefetch threads never see an MLX array, and ThreadSanitizer never sees MLX."""
     without = re.compile(
         r"prediction_|shadow_runner|ring|parking|placement|read_probe|mlx_od_moe/expert_|eviction"
-        r"|resident_|schedule|prefetch_policy|simulator|kernels|workers"
+        r"|resident_|schedule|prefetch|simulator|kernels|workers"
     )
     checked = [p for p in CPP if without.search(str(p.relative_to(ROOT)))]
     assert checked

@@ -99,13 +99,13 @@ def _generate(
 
 def _prompt(tokenizer: Any, options: argparse.Namespace) -> list[int]:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise ValueError("--prompt must not be empty")
     if tokenizer.chat_template and not options.ignore_chat_template:
         messages = [{"role": "user", "content": text}]
         prompt: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     else:
         prompt = tokenizer.encode(text)
-    if not prompt:
-        raise ValueError("--prompt must not be empty")
     return prompt
 
 
