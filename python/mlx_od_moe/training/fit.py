@@ -58,6 +58,11 @@ class FitState:
     best_recall: float = -1.0
     history: list[float] = field(default_factory=list)
 
+    def finished(self, options: FitOptions) -> bool:
+        """Whether all epochs are done, or enough of them without a better recall."""
+        done, since_best = self.epoch >= options.epochs, self.epoch - self.best_epoch
+        return done or since_best >= options.patience
+
 
 def measure(scorer: Scorer, dataset: LayerDataset, top_k: int) -> Recall:
     """Recall of a scorer over a data set."""
@@ -102,7 +107,7 @@ def fit(
     state, best = _resume(checkpoint, predictor, optimizer)
     step = _step_function(predictor, optimizer, options)
     advance(state.epoch * len(training))
-    while not _finished(state, options):
+    while not state.finished(options):
         order = np.random.default_rng([options.seed, training.layer, state.epoch])
         for samples in training.batches(options.batch_size, order):
             step(samples)
@@ -127,10 +132,6 @@ def _check_finite(predictor: nn.Module, layer: int, options: FitOptions) -> None
             f"[train] layer {layer}: training diverged at learning rate {options.learning_rate}: "
             "the weights hold NaN or infinity"
         )
-
-
-def _finished(state: FitState, options: FitOptions) -> bool:
-    return state.epoch >= options.epochs or state.epoch - state.best_epoch >= options.patience
 
 
 def _step_function(
@@ -166,6 +167,17 @@ def _resume(
 ) -> tuple[FitState, dict[str, mx.array]]:
     if not path.exists():
         return FitState(), dict(tree_flatten(predictor.trainable_parameters()))
+    part, state = read_checkpoint(path)
+    predictor.update(tree_unflatten(list(part("now.").items())))
+    optimizer.state = tree_unflatten(list(part("optimizer.").items()))
+    return state, part("best.")
+
+
+def read_checkpoint(path: Path) -> tuple[Callable[[str], dict[str, mx.array]], FitState]:
+    """What an interrupted fit left: its tensors by the prefix of their names, and its state.
+
+    Raises ValueError naming the file where it can't be read.
+    """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         tensors, metadata = loaded
@@ -179,6 +191,4 @@ def _resume(
     def part(prefix: str) -> dict[str, mx.array]:
         return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
-    predictor.update(tree_unflatten(list(part("now.").items())))
-    optimizer.state = tree_unflatten(list(part("optimizer.").items()))
-    return state, part("best.")
+    return part, state
