@@ -18,6 +18,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include "mlx_od_moe/shadow_runner.h"
 #include "queue_peers.h"
 
@@ -46,6 +50,19 @@ struct Samples {
   }
 };
 
+// Puts the calling thread on a CPU of its own. Left to the system both sides may share one for a whole
+// round, and then fill and empty the queue in turns, at another speed.
+void use_cpu(int number) {
+#if defined(__linux__)
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  CPU_SET(number, &cpus);
+  sched_setaffinity(0, sizeof(cpus), &cpus);
+#else
+  static_cast<void>(number);
+#endif
+}
+
 // ns of a push and a pop by one thread.
 template <class Queue>
 double push_pop_ns() {
@@ -68,6 +85,7 @@ double throughput() {
   auto queue = std::make_unique<Queue>();
   std::atomic<bool> ready{false};
   std::thread consumer([&] {
+    use_cpu(1);
     Record record;
     ready.store(true);
     for (int i = 0; i < kCount; ++i) until([&] { return queue->try_pop(record); });
@@ -90,6 +108,7 @@ double round_trip_ns() {
   auto there = std::make_unique<Queue>();
   auto back = std::make_unique<Queue>();
   std::thread echo([&] {
+    use_cpu(1);
     Record record;
     for (int i = 0; i < kBatch * kBatches; ++i) {
       until([&] { return there->try_pop(record); });
@@ -124,6 +143,7 @@ void measure(std::map<std::string, Row>& rows, const std::string& only) {
 }
 
 void compare(int rounds, const std::string& only) {
+  use_cpu(0);
   std::map<std::string, Row> rows;
   for (int round = 0; round < rounds; ++round) {
     measure<peers::Ring>(rows, only);

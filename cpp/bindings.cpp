@@ -10,10 +10,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 
 #include "bindings.h"
+#include "bindings_input.h"
 #include "mlx_od_moe/mlx_ops.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/predictor_file.h"
@@ -21,100 +21,17 @@
 namespace nb = nanobind;
 namespace mx = mlx::core;
 using namespace nb::literals;
-using mlx_od_moe::DType;
 using mlx_od_moe::Predictor;
 using mlx_od_moe::Tensor;
+using namespace native_predictor;  // arrays
 
 namespace {
-
-// Bytes of an array of Python's, and what keeps them alive.
-struct Input {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-  std::vector<size_t> shape;
-  std::shared_ptr<const void> owner;
-};
-
-DType dtype_of(const mx::array& a) {
-  if (a.dtype() == mx::float32) return DType::float32;
-  if (a.dtype() == mx::float16) return DType::float16;
-  if (a.dtype() == mx::bfloat16) return DType::bfloat16;
-  if (a.dtype() == mx::uint32) return DType::uint32;
-  throw std::invalid_argument("[NativePredictor] arrays are float32, float16 or bfloat16");
-}
-
-// Evaluated here, on the calling thread, where it is not yet; copied only where rows are not contiguous.
-Input from_mlx(mx::array a) {
-  nb::gil_scoped_release release;
-  a.eval();
-  if (!a.flags().row_contiguous) {
-    a = mx::contiguous(a);
-    a.eval();
-  }
-  Input input;
-  input.dtype = dtype_of(a);
-  input.shape.assign(a.shape().begin(), a.shape().end());
-  const auto owner = std::make_shared<const mx::array>(std::move(a));
-  input.data = owner->data<char>();
-  input.owner = owner;
-  return input;
-}
-
-template <class Array>
-Input from_ndarray(Array&& array, DType dtype) {
-  Input input;
-  input.dtype = dtype;
-  for (size_t i = 0; i < array.ndim(); ++i) input.shape.push_back(array.shape(i));
-  input.data = array.data();
-  input.owner = std::make_shared<std::decay_t<Array>>(std::forward<Array>(array));
-  return input;
-}
-
-Input hidden_state(nb::handle x) {
-  if (nb::isinstance<mx::array>(x)) return from_mlx(nb::cast<mx::array>(x));
-  using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-  Array array;
-  if (!nb::try_cast(x, array)) {
-    throw nb::type_error("[NativePredictor] the hidden state must be a numpy array or an mx.array");
-  }
-  const nb::dlpack::dtype type = array.dtype();
-  if (type == nb::dtype<float>()) return from_ndarray(std::move(array), DType::float32);
-  const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
-  if (type.bits == 16 && code == nb::dlpack::dtype_code::Float) {
-    return from_ndarray(std::move(array), DType::float16);
-  }
-  if (type.bits == 16 && code == nb::dlpack::dtype_code::Bfloat) {
-    return from_ndarray(std::move(array), DType::bfloat16);
-  }
-  throw nb::type_error("[NativePredictor] the hidden state must be float32, float16 or bfloat16");
-}
-
-// Values of another type than T are converted.
-template <class T>
-Input values_of(nb::handle x, mx::Dtype dtype, const char* name) {
-  if (nb::isinstance<mx::array>(x)) {
-    // Viewed, since from_mlx knows no integers; both astype and view are free where nothing changes.
-    return from_mlx(mx::view(mx::astype(nb::cast<mx::array>(x), dtype), mx::float32));
-  }
-  using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-  Array array;
-  if (!nb::try_cast(x, array)) {
-    throw nb::type_error((std::string("[NativePredictor] ") + name + " must be a numpy array or an mx.array").c_str());
-  }
-  return from_ndarray(std::move(array), DType::float32);
-}
-
-std::string text(const std::vector<size_t>& shape) {
-  std::string out = "[";
-  for (size_t n : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
 
 // A query and what keeps its arrays alive.
 struct Call {
   Input hidden, previous, context;
   mlx_od_moe::Query query;
-  std::vector<size_t> leading;  // the shape of x without its last axis
+  Shape leading;  // the shape of x without its last axis
 
   Call(const Predictor& predictor, nb::handle x, nb::handle previous_ids, nb::handle context_vector)
       : hidden(hidden_state(x)) {
@@ -125,9 +42,9 @@ struct Call {
                                   " features, but this predictor is for hidden_size " +
                                   std::to_string(config.hidden_size));
     }
-    leading.assign(hidden.shape.begin(), hidden.shape.end() - 1);
-    size_t tokens = 1;
-    for (size_t n : leading) tokens *= n;
+    leading = hidden.shape;
+    leading.pop_back();
+    const size_t tokens = leading.product();
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) {
       throw std::invalid_argument("[NativePredictor] too many tokens: " + std::to_string(tokens));
     }
@@ -139,7 +56,7 @@ struct Call {
  private:
   void add_previous(const mlx_od_moe::PredictorConfig& config, nb::handle ids) {
     previous = values_of<int32_t>(ids, mx::int32, "previous");
-    std::vector<size_t> expected = leading;
+    Shape expected = leading;
     expected.push_back(static_cast<size_t>(config.lookahead));
     if (previous.shape.size() != expected.size() + 1 ||
         !std::equal(expected.begin(), expected.end(), previous.shape.begin())) {
@@ -153,9 +70,9 @@ struct Call {
 
   void add_context(const mlx_od_moe::PredictorConfig& config, nb::handle vector) {
     context = values_of<float>(vector, mx::float32, "context");
-    std::vector<size_t> expected = leading;
+    Shape expected = leading;
     expected.push_back(static_cast<size_t>(config.predictor_size));
-    if (context.shape != expected) {
+    if (!(context.shape == expected)) {
       throw std::invalid_argument("[NativePredictor] context must be " + text(expected) + ", but is " +
                                   text(context.shape));
     }
@@ -165,24 +82,22 @@ struct Call {
 
 // Calls run(pointer) without the GIL, for `out` or for a new numpy array; returns that.
 template <class T, class Run>
-nb::object write_result(const std::vector<size_t>& shape, nb::object out, const Run& run) {
+nb::object write_result(const Shape& shape, nb::object out, const Run& run) {
   using Array = nb::ndarray<T, nb::numpy, nb::c_contig, nb::device::cpu>;
   T* data = nullptr;
   if (out.is_none()) {
-    size_t n = 1;
-    for (size_t s : shape) n *= s;
-    data = new T[std::max<size_t>(n, 1)];
+    data = new T[std::max<size_t>(shape.product(), 1)];
     nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    out = nb::cast(Array(data, shape.size(), shape.data(), owner));
+    out = nb::cast(Array(data, shape.size(), shape.begin(), owner));
   } else {
     Array given;
     if (!nb::try_cast(out, given, false)) {
       throw nb::type_error(std::is_same_v<T, float> ? "[NativePredictor] out must be a contiguous float32 numpy array"
                                                     : "[NativePredictor] out must be a contiguous int32 numpy array");
     }
-    std::vector<size_t> is(given.ndim());
-    for (size_t i = 0; i < is.size(); ++i) is[i] = given.shape(i);
-    if (is != shape)
+    Shape is;
+    for (size_t i = 0; i < given.ndim(); ++i) is.push_back(given.shape(i));
+    if (!(is == shape))
       throw std::invalid_argument("[NativePredictor] out must be " + text(shape) + ", but is " + text(is));
     data = given.data();
   }
@@ -193,7 +108,7 @@ nb::object write_result(const std::vector<size_t>& shape, nb::object out, const 
 
 nb::object logits(const Predictor& self, nb::handle x, nb::handle previous, nb::handle context, nb::object out) {
   const Call call(self, x, previous, context);
-  std::vector<size_t> shape = call.leading;
+  Shape shape = call.leading;
   shape.push_back(static_cast<size_t>(self.config().lookahead));
   shape.push_back(static_cast<size_t>(self.config().num_experts));
   return write_result<float>(shape, std::move(out), [&](float* to) { self.logits(call.query, to); });
@@ -203,7 +118,7 @@ nb::object predict(const Predictor& self, nb::handle x, std::optional<int> k, nb
                    nb::object out) {
   const Call call(self, x, previous, context);
   const int count = k.value_or(self.config().top_k);
-  std::vector<size_t> shape = call.leading;
+  Shape shape = call.leading;
   shape.push_back(static_cast<size_t>(self.config().lookahead));
   shape.push_back(static_cast<size_t>(std::clamp(count, 0, self.config().num_experts)));
   return write_result<int32_t>(shape, std::move(out), [&](int32_t* to) { self.predict(call.query, count, to); });
@@ -214,9 +129,9 @@ mlx_od_moe::Tensors tensors_of(const std::map<std::string, mx::array>& arrays, s
   mlx_od_moe::Tensors tensors;
   for (const auto& [name, array] : arrays) {
     Input input = from_mlx(array);
-    const auto& s = input.shape;
+    const Shape& s = input.shape;
     if (s.empty() || s.size() > 2) throw std::invalid_argument("[NativePredictor] " + name + " is no vector or matrix");
-    tensors[name] = {input.data, input.dtype, s.size() == 1 ? 1 : s[0], s.back()};
+    tensors[name] = {input.data, input.dtype, s.size() == 1 ? 1 : *s.begin(), s.back()};
     owners.push_back(std::move(input));
   }
   return tensors;

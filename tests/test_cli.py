@@ -129,7 +129,7 @@ def test_version_skew_and_late_import_are_explained(tmp_path):
 def test_help_lists_the_commands():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("collect", "train", "evaluate", "demo"):
+    for command in ("collect", "train", "evaluate", "bench", "demo"):
         assert command in done.stdout
 
 

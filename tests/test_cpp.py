@@ -93,22 +93,30 @@ def test_old_cpu_under_emulation():
     run(emulator, "-cpu", "Nehalem", str(binary), "--test-case-exclude=*stall*,*thread count*")
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    platform.machine() in ("aarch64", "arm64"), reason="this machine runs NEON: see test_cpp"
+# For AArch64, with a cross compiler.
+NEON = (
+    "cpp-neon",
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_SYSTEM_NAME=Linux",
+    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+    "-DMLX_OD_MOE_WERROR=ON",
 )
-def test_neon_under_emulation():
-    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
-    if shutil.which(compiler) is None or emulator is None:
+
+
+def run_neon(target: str, cpu: str, *arguments: str) -> None:
+    """Build the target for AArch64 and run it on the emulated CPU."""
+    if platform.machine() in ("aarch64", "arm64"):
+        pytest.skip("this machine runs NEON: see test_cpp")
+    emulator = shutil.which("qemu-aarch64")
+    if shutil.which("aarch64-linux-gnu-g++") is None or emulator is None:
         pytest.skip("apt-get install g++-aarch64-linux-gnu qemu-user")
-    binary = build(
-        "cpp-neon",
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        f"-DCMAKE_CXX_COMPILER={compiler}",
-        "-DMLX_OD_MOE_WERROR=ON",
-    )
-    # cortex-a57: plain NEON; cortex-a76: dotprod; max: i8mm and bf16 too.
-    for cpu in ("cortex-a57", "cortex-a76", "max"):
-        run(emulator, "-L", str(CROSS), "-cpu", cpu, str(binary), "--test-case-exclude=*stall*")
+    binary = build(*NEON, target=target)
+    run(emulator, "-L", str(CROSS), "-cpu", cpu, str(binary), *arguments)
+
+
+@pytest.mark.timeout(900)
+# cortex-a57: plain NEON; cortex-a76: dotprod; max: i8mm and bf16 too.
+@pytest.mark.parametrize("cpu", ["cortex-a57", "cortex-a76", "max"])
+def test_neon_under_emulation(cpu):
+    run_neon("mlx_od_moe_tests", cpu, "--test-case-exclude=*stall*")

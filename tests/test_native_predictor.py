@@ -335,3 +335,13 @@ def test_refuses_files_that_are_none(tmp_path, predictor):
         NativePredictor.load(str(path))
     with pytest.raises(ValueError, match="no such predictor file"):
         NativePredictor.load(str(tmp_path / "none"))
+
+
+def test_states_have_as_many_axes_as_fit():
+    native = ExpertPredictor(
+        PredictorConfig(hidden_size=8, predictor_size=8, num_experts=4, top_k=2)
+    ).native()
+    deep = np.ones((1,) * 14 + (8,), np.float32)
+    assert native.predict(deep).shape == (1,) * 14 + (4, 2)
+    with pytest.raises(ValueError, match="at most 16 axes"):
+        native.predict(deep[None])

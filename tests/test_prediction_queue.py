@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_od_moe import Prediction, PredictionQueue
-from test_cpp import ADDRESS, RELEASE, THREAD, build, run
+from test_cpp import ADDRESS, RELEASE, THREAD, build, run, run_neon
 
 MODEL = Path(__file__).parent / "model" / "prediction_queue.pml"
 
@@ -19,6 +19,12 @@ MODEL = Path(__file__).parent / "model" / "prediction_queue.pml"
 @pytest.mark.parametrize("configuration", [RELEASE, ADDRESS, THREAD], ids=lambda c: c[0])
 def test_cpp(configuration):
     run(str(build(*configuration, target="prediction_tests")), TSAN_OPTIONS="halt_on_error=1")
+
+
+@pytest.mark.timeout(900)
+def test_neon_under_emulation():
+    """ARM's instructions, atomic ones too; on x86 the emulator hides most of its weak order."""
+    run_neon("prediction_tests", "max")
 
 
 @pytest.mark.timeout(900)

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 # What a user relies on; the rest of the suite needs the source tree or repeats these.
 SUITE = ("test_ext.py", "test_shadow_model.py", "test_predictor_bundle.py", "test_metrics.py",
-         "test_cli.py", "test_native_predictor.py")  # fmt: skip
+         "test_cli.py", "test_native_predictor.py", "test_bench.py")  # fmt: skip
 
 
 @pytest.mark.timeout(900)

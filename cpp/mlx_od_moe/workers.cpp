@@ -138,6 +138,7 @@ void Workers::offer(SharedWork& work) {
     if (!slot.work.compare_exchange_strong(none, &work)) {
       work.release();
     } else if (slot.parked.load() != 0) {
+      slot.placement.keep_clear();
       slot.parked.store(0);
       slot.parked.notify_one();
     }
@@ -158,6 +159,7 @@ SharedWork* Workers::wait_for_work(Slot& slot) const {
     return work != nullptr || stopping_.load(std::memory_order_relaxed);
   };
   while (!spin(kSpinForWork, ready)) {
+    slot.placement.settle();
     slot.parked.store(1);
     if (slot.work.load() != nullptr || stopping_.load()) {
       slot.parked.store(0);

@@ -25,6 +25,8 @@
 #include <thread>
 #include <vector>
 
+#include "mlx_od_moe/placement.h"
+
 namespace mlx_od_moe {
 
 class SharedWork {
@@ -99,6 +101,7 @@ class Workers {
   struct alignas(64) Slot {
     std::atomic<SharedWork*> work{nullptr};
     std::atomic<int> parked{0};
+    Placement placement;
   };
 
   void help(int lane);

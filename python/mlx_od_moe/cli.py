@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bench
+
 if TYPE_CHECKING:
     from .model_routers import LayerRouter
 
@@ -67,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         add(command.add_argument)
         command.set_defaults(run=run)
+    text = "measure beside other libraries, in one process and in turns"
+    command = commands.add_parser("bench", help=text, description=text)
+    bench.add_benches(command)
+    command.set_defaults(run=bench.run)
     return parser
 
 

@@ -91,6 +91,55 @@ TEST_CASE("a parked helper wakes for later work") {
   CHECK(helped > 0);  // on a loaded machine a helper may miss some rounds, not all
 }
 
+#if defined(__linux__)
+TEST_CASE("a helper is kept off the CPU of the one that wakes it, and only where there is another") {
+  const auto cpus_of = [](pid_t thread) {
+    cpu_set_t cpus;
+    REQUIRE(sched_getaffinity(thread, sizeof(cpus), &cpus) == 0);
+    return cpus;
+  };
+  const auto allow = [](pid_t thread, const cpu_set_t& cpus) {
+    REQUIRE(sched_setaffinity(thread, sizeof(cpus), &cpus) == 0);
+  };
+  Placement placement;
+  std::atomic<pid_t> id{0};
+  std::atomic<int> turn{0};
+  const auto await = [&](int wanted) {
+    while (turn.load() != wanted) std::this_thread::yield();
+  };
+  std::thread helper([&] {
+    id = gettid();
+    await(1);
+    placement.settle();
+    turn = 2;
+    await(3);
+  });
+  while (id == 0) std::this_thread::yield();
+  const cpu_set_t all = cpus_of(0);
+  const int here = sched_getcpu();
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(here, &only);
+  allow(0, only);
+  allow(id, only);
+  turn = 1;
+  await(2);
+  placement.keep_clear();  // its caller may use no other CPU
+  cpu_set_t now = cpus_of(id);
+  CHECK(CPU_EQUAL(&now, &only));
+
+  allow(0, all);
+  placement.keep_clear();
+  now = cpus_of(id);
+  if (sched_getcpu() == here && CPU_COUNT(&all) > 1) {  // we were not moved meanwhile
+    CHECK_FALSE(CPU_ISSET(here, &now));
+    CHECK(CPU_COUNT(&now) == CPU_COUNT(&all) - 1);
+  }
+  turn = 3;
+  helper.join();
+}
+#endif
+
 TEST_CASE("workers stop while idle, parked or never used") {
   for (int round = 0; round < 20; ++round) {
     Workers workers(3);
