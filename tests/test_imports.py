@@ -26,9 +26,16 @@ FOUNDATION = {
     "packed_format": {"_ext", "expert_file"},
     "pack": {"_ext", "durable_file", "expert_file", "packed_format", "progress"},
     "router": {"predictor_file"},
+    "context": {"predictor_file"},
     "native_predictor": {"_ext", "predictor_file"},
-    "shadow_model": {"native_predictor", "predictor_file", "router"},
-    "predictor_bundle": {"native_predictor", "predictor_file", "router", "shadow_model"},
+    "shadow_model": {"context", "native_predictor", "predictor_file", "router"},
+    "predictor_bundle": {
+        "context",
+        "native_predictor",
+        "predictor_file",
+        "router",
+        "shadow_model",
+    },
     "shadow_runner": {
         "_ext",
         "native_predictor",

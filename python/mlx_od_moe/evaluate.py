@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import dequantize_model
 
@@ -16,8 +17,10 @@ from .model_routers import load_routers
 from .predictor_bundle import PredictorBundle
 from .progress import progress_bar
 from .shadow_model import ExpertPredictor
+from .training.bundle_trainer import block_logits, measure_blocks
 from .training.dataset import LayerDataset
 from .training.fit import Scorer, inputs, measure
+from .training.sequence_blocks import Block, SequenceBlocks
 from .training.traces import TraceInfo, open_traces
 from .training.train_shadow import documents_of
 from .training.workers import Advance, run_layers
@@ -134,9 +137,10 @@ def _split(
 def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance) -> dict[str, Any]:
     bundle = PredictorBundle.load(predictor)
     dataset = split.dataset(layer)
-    scorers = _baselines(bundle[layer], split, layer) | {"predictor": _unpacked(bundle[layer])}
+    scorers = _baselines(bundle[layer], split, layer)
     top_k = split.traces.top_k
     report = {n: measure(s, dataset, top_k).report() for n, s in scorers.items()}
+    report["predictor"] = _measure(bundle, split, layer).report()
     advance(1)
     result: dict[str, Any] = {"methods": report}
     routers = load_routers(split.routers)
@@ -162,11 +166,22 @@ def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str
     return scorers
 
 
-def _unpacked(predictor: ExpertPredictor) -> ExpertPredictor:
-    """The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU."""
-    for module in (predictor, *predictor.routers):
+def _measure(bundle: PredictorBundle, split: Split, layer: int) -> Recall:
+    """The predictor's recall, with its context where it has one."""
+    predictor, targets = bundle[layer], bundle.targets(layer)
+    # The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU.
+    for module in (predictor, *predictor.routers, *bundle.memories.values()):
         dequantize_model(module)
-    return predictor
+    if bundle.context is None:
+        return measure(predictor, split.dataset(layer), split.traces.top_k)
+
+    def logits(block: Block) -> dict[int, mx.array]:
+        memories = {target: bundle.memories[target](block.states[target]) for target in targets}
+        return {layer: block_logits(predictor, layer, targets, memories, block)}
+
+    layers, before = [layer, *targets], bundle.context.rows
+    blocks = SequenceBlocks(split.traces, layers, before, split.documents)
+    return measure_blocks(logits, {layer: targets}, blocks)[layer]
 
 
 def _own_router(scores: Any, dataset: LayerDataset, top_k: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,13 @@ _BLOCK = 256  # tokens that follow each other in a batch
 _MUON_RATE = 20.0
 
 
+_NAME = "layer"  # a name of digits alone would read as a place in a list
+
+
+def _name(layer: int) -> str:
+    return f"{_NAME}{layer}"
+
+
 class SharedPredictors(nn.Module):
     """The predictors of all layers and the memories that they read, as one set of parameters."""
 
@@ -43,9 +49,9 @@ class SharedPredictors(nn.Module):
     ):
         super().__init__()
         self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
-        self.predictors = {str(layer): p for layer, p in predictors.items()}
+        self.predictors = {_name(layer): p for layer, p in predictors.items()}
         remembered = sorted({target for ahead in targets.values() for target in ahead})
-        self.memories = {str(layer): TokenMemory(context, hidden_size) for layer in remembered}
+        self.memories = {_name(layer): TokenMemory(context, hidden_size) for layer in remembered}
 
     @property
     def targets(self) -> dict[int, list[int]]:
@@ -55,18 +61,29 @@ class SharedPredictors(nn.Module):
 
     def __call__(self, block: Block) -> dict[int, mx.array]:
         """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
-        memories = {
-            int(layer): memory(block.states[int(layer)]) for layer, memory in self.memories.items()
-        }
+        memories = {n: memory(block.states[n]) for n, memory in self.of_layers("memories").items()}
         return {
-            layer: self._logits(layer, [memories[t] for t in targets], block)
-            for layer, targets in self.targets.items()
+            layer: block_logits(predictor, layer, self.targets[layer], memories, block)
+            for layer, predictor in self.of_layers("predictors").items()
         }
 
-    def _logits(self, layer: int, memories: list[mx.array], block: Block) -> mx.array:
-        predictor, h = self.predictors[str(layer)], block.own_states(layer)
-        context = predictor.context(h, memories, block.sequence)
-        return mx.flatten(predictor(h, context=context), 0, 1)
+    def of_layers(self, kind: str) -> dict[int, Any]:
+        """{layer: its predictor} or {layer: its memory}."""
+        return {int(name.removeprefix(_NAME)): module for name, module in self[kind].items()}
+
+
+def block_logits(
+    predictor: ExpertPredictor,
+    layer: int,
+    targets: Sequence[int],
+    memories: Mapping[int, mx.array],
+    block: Block,
+) -> mx.array:
+    """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}."""
+    h, context = block.own_states(layer), None
+    if predictor.config.has_context:
+        context = predictor.context(h, [memories[t] for t in targets], block.sequence)
+    return mx.flatten(predictor(h, context=context), 0, 1)
 
 
 def measure_blocks(
@@ -86,7 +103,7 @@ def measure_blocks(
 
 
 class BundleFit:
-    """Fits SharedPredictors: batches of blocks, halves of it on streams of their own.
+    """Fits SharedPredictors to batches of blocks, parts of each on `streams` at once.
 
     Matrices are stepped by Muon (Jordan et al., 2024), which needs half the samples that Adam needs
     here; what is not a matrix by AdamW. One optimiser per module: streams share that work too.
@@ -100,12 +117,13 @@ class BundleFit:
         routers: Mapping[int, LayerRouter],
         options: FitOptions,
         checkpoint: Path,
+        streams: int = 1,
     ):
         self.model, self.training, self.validation = model, training, validation
         self.options, self.checkpoint = options, checkpoint
         self._routers = routers
         self._batch = max(1, options.batch_size // _BLOCK)
-        self._streams = _streams(self._batch)
+        self._streams = _streams(min(streams, self._batch))
         self._modules: dict[str, nn.Module] = {
             f"{kind}.{name}": module
             for kind in ("predictors", "memories")
@@ -224,20 +242,20 @@ def _at(tree: dict[str, Any], path: str) -> Any:
     return tree
 
 
-def _streams(most: int) -> list[Any]:
-    """One per core of a CPU, whose streams run at once; a GPU has one."""
+def _streams(count: int) -> list[Any]:
+    """Of a CPU, where each has a thread of its own; a GPU needs no more than one."""
     if mx.default_device() == mx.gpu:
         return [mx.default_stream(mx.gpu)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [mx.new_stream(mx.cpu) for _ in range(min(cores or 1, most))]
+    return [mx.new_stream(mx.cpu) for _ in range(count)]
 
 
 def train_together(
-    trainer: LayerTrainer, layers: Sequence[int], advance: Advance
+    trainer: LayerTrainer, layers: Sequence[int], streams: int, advance: Advance
 ) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
     """Train the layers' predictors and memories; returns both and a report on each layer.
 
-    At distances where validation likes gate lookahead alone better, it takes the predictor's place.
+    `streams`: parts of a batch that run at once, on a CPU. At distances where validation likes gate
+    lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
     assert context is not None
@@ -251,7 +269,8 @@ def train_together(
         for documents in trainer.split
     )
     checkpoint = trainer.checkpoint / "together.safetensors"
-    fit = BundleFit(model, training, validation, trainer.routers, trainer.options.fit, checkpoint)
+    options = trainer.options.fit
+    fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
     fit.run(advance)
     found = measure_blocks(model, targets, validation)
     gates = {layer: trainer.gate_recall(layer) for layer in layers}
@@ -259,9 +278,9 @@ def train_together(
         own = found[layer].at(info.top_k)
         worse = [d for d, recall in enumerate(gate or []) if own[d] < recall]
         if worse:
-            model.predictors[str(layer)] = trainer.with_gate(predictors[layer], layer, worse)
+            model.predictors[_name(layer)] = trainer.with_gate(predictors[layer], layer, worse)
     final = measure_blocks(model, targets, validation)
-    chosen = {layer: model.predictors[str(layer)] for layer in layers}
+    chosen = {layer: model.predictors[_name(layer)] for layer in layers}
     reports = {
         layer: {
             "candidate": candidates[layer] + "+context",
@@ -272,4 +291,4 @@ def train_together(
         }
         for layer in layers
     }
-    return chosen, {int(n): memory for n, memory in model.memories.items()}, reports
+    return chosen, model.of_layers("memories"), reports
