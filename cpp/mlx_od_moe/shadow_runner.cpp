@@ -1,7 +1,5 @@
 #include "mlx_od_moe/shadow_runner.h"
 
-#include <signal.h>
-
 #include <algorithm>
 #include <functional>
 #include <span>
@@ -14,6 +12,7 @@
 #include "mlx_od_moe/hidden_slot.h"
 #include "mlx_od_moe/kernels/kernels.h"
 #include "mlx_od_moe/latency_histogram.h"
+#include "mlx_od_moe/signals_blocked.h"
 
 namespace mlx_od_moe {
 namespace {
@@ -29,22 +28,6 @@ std::string listed(const std::vector<int>& layers) {
   for (int layer : layers) out += (out.size() > 1 ? ", " : "") + std::to_string(layer);
   return out + "]";
 }
-
-// A signal is for the thread that the program expects it on: Python's main thread, say.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
-};
 
 }  // namespace
 

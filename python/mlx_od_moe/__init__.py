@@ -31,6 +31,7 @@ except ImportError as error:
 
 from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
 from .expert_file import ExpertFile  # noqa: E402
+from .expert_store import ExpertStore  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
 from .shadow_runner import ShadowRunner  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "INSTALL_DIR",
     "ExpertFile",
     "ExpertPredictor",
+    "ExpertStore",
     "NativePredictor",
     "Prediction",
     "PredictionQueue",
