@@ -19,7 +19,7 @@ from ..metrics import Recall, rank
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..shadow_model import ExpertPredictor
-from .fit import FitOptions, FitState, read_checkpoint
+from .fit import FitOptions, FitState, Shares, read_checkpoint, rows_of
 from .layer_trainer import LayerTrainer
 from .losses import LOSSES
 from .sequence_blocks import Block, SequenceBlocks
@@ -90,15 +90,20 @@ def measure_blocks(
     logits: Callable[[Block], Mapping[int, mx.array]],
     targets: Mapping[int, Sequence[int]],
     blocks: SequenceBlocks,
+    shares: Shares | None = None,
 ) -> dict[int, Recall]:
-    """{layer: recall} of what gives {layer: logits [tokens, lookahead, num_experts]} of a block."""
-    top_k = blocks.traces.top_k
+    """{layer: recall} of what gives {layer: logits [tokens, lookahead, num_experts]} of a block.
+
+    `shares`: see Recall.add, of all tokens in order.
+    """
+    top_k, done = blocks.traces.top_k, 0
     recalls = {layer: Recall(len(ahead), top_k) for layer, ahead in targets.items()}
     for block in blocks.in_order():
         for layer, scores in logits(block).items():
-            recall = recalls[layer]
+            recall, chosen = recalls[layer], block.chosen(targets[layer])
             ids = rank(np.array(scores.astype(mx.float32)), recall.ranks)
-            recall.add(ids, block.chosen(targets[layer]))
+            recall.add(ids, chosen, rows_of(shares, done, len(chosen)))
+        done += block.sequence.shape[1] - block.before
     return recalls
 
 
