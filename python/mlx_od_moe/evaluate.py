@@ -13,15 +13,16 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from . import baselines
+from .confidence import Confidence
 from .metrics import Recall, absent, mean_over_layers, rank
 from .model_routers import LayerRouter, load_routers
 from .predictor_bundle import PredictorBundle
 from .progress import progress_bar
 from .shadow_model import ExpertPredictor
-from .training.bundle_trainer import block_logits, measure_blocks
 from .training.dataset import LayerDataset
 from .training.fit import Scorer, Shares, inputs, measure
 from .training.sequence_blocks import Block, SequenceBlocks
+from .training.shared_predictors import block_logits, measure_blocks
 from .training.traces import TraceInfo, open_traces
 from .training.train_shadow import documents_of
 from .training.workers import Advance, run_layers
@@ -216,8 +217,10 @@ def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) 
     # The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU.
     for module in (predictor, *predictor.routers, *bundle.memories.values()):
         dequantize_model(module)
+    confidence = Confidence(len(targets))
     if bundle.context is None:
-        return measure(predictor, split.dataset(layer), split.traces.top_k, shares)
+        top_k = split.traces.top_k
+        return measure(predictor, split.dataset(layer), top_k, shares, confidence)
 
     def logits(block: Block) -> dict[int, mx.array]:
         memories = {target: bundle.memories[target](block.states[target]) for target in targets}
@@ -225,7 +228,8 @@ def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) 
 
     layers, before = [layer, *targets], bundle.context.rows
     blocks = SequenceBlocks(split.traces, layers, before, split.documents)
-    return measure_blocks(logits, {layer: targets}, blocks, shares)[layer]
+    found = measure_blocks(logits, {layer: targets}, blocks, shares, {layer: confidence})
+    return found[layer]
 
 
 def _own_router(scores: Any, dataset: LayerDataset, top_k: int) -> float:

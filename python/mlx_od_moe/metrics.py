@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .confidence import Confidence
+
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -92,6 +94,7 @@ class Recall:
     exact_sets: FloatArray = field(init=False)
     # {name: [lookahead, 3]}: of what add's `shares` weigh, all, found among k and among 2k.
     shares: dict[str, FloatArray] = field(default_factory=dict)
+    confidence: Confidence | None = None
 
     def __post_init__(self) -> None:
         self.hit_counts = np.zeros((self.lookahead, self.ranks))
@@ -124,6 +127,14 @@ class Recall:
         self.chosen_counts += (number > np.arange(self.top_k)).sum(axis=0)
         self.tokens += len(predicted)
 
+    def add_scores(
+        self, scores: FloatArray, chosen: IntArray, shares: Mapping[str, FloatArray] | None = None
+    ) -> None:
+        """Count a batch of scores [tokens, lookahead, num_experts]; for the rest see `add`."""
+        self.add(rank(scores, self.ranks), chosen, shares)
+        if self.confidence is not None:
+            self.confidence.add(scores, chosen)
+
     def at(self, n: int) -> list[float]:
         """recall@n for each distance."""
         return self._share(n, self.top_k)
@@ -146,6 +157,8 @@ class Recall:
             for i, n in enumerate(("k", "2k"), start=1):
                 share = counts[:, i] / np.maximum(counts[:, 0], 1e-30)
                 report[f"{name}_recall_at_{n}"] = [float(x) for x in share]
+        if self.confidence is not None:
+            report |= self.confidence.report(self.top_k)
         return report | accuracies
 
 

@@ -48,6 +48,8 @@ _DETAILS = (
     ("  all {k} among {k}", "exact_set_rate", None),
     ("  of the gate's mass", "gate_mass_recall_at_k", "gate_mass_recall_at_2k"),
     ("  not in a 25 % LRU cache", "non_resident_recall_at_k", "non_resident_recall_at_2k"),
+    ("  by a threshold", "threshold_recall_at_k", "threshold_recall_at_2k"),
+    ("  calibration error", "calibration_error", None),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,97 +14,20 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .._blas import one_blas_thread
-from ..context import ContextConfig, TokenMemory
-from ..metrics import Recall, rank
+from ..context import TokenMemory
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..shadow_model import ExpertPredictor
-from .fit import FitOptions, FitState, Shares, read_checkpoint, rows_of
+from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer
 from .losses import LOSSES
 from .sequence_blocks import Block, SequenceBlocks
+from .shared_predictors import SharedPredictors, measure_blocks, name_of
 from .workers import Advance
 
 _BLOCK = 256  # tokens that follow each other in a batch
 # Muon's step is a share of each matrix's own scale, AdamW's of 1: tuned together.
 _MUON_RATE = 20.0
-
-
-_NAME = "layer"  # a name of digits alone would read as a place in a list
-
-
-def _name(layer: int) -> str:
-    return f"{_NAME}{layer}"
-
-
-class SharedPredictors(nn.Module):
-    """The predictors of all layers and the memories that they read, as one set of parameters."""
-
-    def __init__(
-        self,
-        predictors: Mapping[int, ExpertPredictor],
-        targets: Mapping[int, Sequence[int]],
-        context: ContextConfig,
-        hidden_size: int,
-    ):
-        super().__init__()
-        self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
-        self.predictors = {_name(layer): p for layer, p in predictors.items()}
-        remembered = sorted({target for ahead in targets.values() for target in ahead})
-        self.memories = {_name(layer): TokenMemory(context, hidden_size) for layer in remembered}
-
-    @property
-    def targets(self) -> dict[int, list[int]]:
-        """{layer: the layers that its predictor speaks of}."""
-        targets: dict[int, list[int]] = self._targets
-        return targets
-
-    def __call__(self, block: Block) -> dict[int, mx.array]:
-        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
-        memories = {n: memory(block.states[n]) for n, memory in self.of_layers("memories").items()}
-        return {
-            layer: block_logits(predictor, layer, self.targets[layer], memories, block)
-            for layer, predictor in self.of_layers("predictors").items()
-        }
-
-    def of_layers(self, kind: str) -> dict[int, Any]:
-        """{layer: its predictor} or {layer: its memory}."""
-        return {int(name.removeprefix(_NAME)): module for name, module in self[kind].items()}
-
-
-def block_logits(
-    predictor: ExpertPredictor,
-    layer: int,
-    targets: Sequence[int],
-    memories: Mapping[int, mx.array],
-    block: Block,
-) -> mx.array:
-    """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}."""
-    h, context = block.own_states(layer), None
-    if predictor.config.has_context:
-        context = predictor.context(h, [memories[t] for t in targets], block.sequence)
-    return mx.flatten(predictor(h, context=context), 0, 1)
-
-
-def measure_blocks(
-    logits: Callable[[Block], Mapping[int, mx.array]],
-    targets: Mapping[int, Sequence[int]],
-    blocks: SequenceBlocks,
-    shares: Shares | None = None,
-) -> dict[int, Recall]:
-    """{layer: recall} of what gives {layer: logits [tokens, lookahead, num_experts]} of a block.
-
-    `shares`: see Recall.add, of all tokens in order.
-    """
-    top_k, done = blocks.traces.top_k, 0
-    recalls = {layer: Recall(len(ahead), top_k) for layer, ahead in targets.items()}
-    for block in blocks.in_order():
-        for layer, scores in logits(block).items():
-            recall, chosen = recalls[layer], block.chosen(targets[layer])
-            ids = rank(np.array(scores.astype(mx.float32)), recall.ranks)
-            recall.add(ids, chosen, rows_of(shares, done, len(chosen)))
-        done += block.sequence.shape[1] - block.before
-    return recalls
 
 
 class BundleFit:
@@ -283,9 +206,9 @@ def train_together(
         own = found[layer].at(info.top_k)
         worse = [d for d, recall in enumerate(gate or []) if own[d] < recall]
         if worse:
-            model.predictors[_name(layer)] = trainer.with_gate(predictors[layer], layer, worse)
+            model.predictors[name_of(layer)] = trainer.with_gate(predictors[layer], layer, worse)
     final = measure_blocks(model, targets, validation)
-    chosen = {layer: model.predictors[_name(layer)] for layer in layers}
+    chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
     reports = {
         layer: {
             "candidate": candidates[layer] + "+context",

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..metrics import Recall, rank
+from ..confidence import Confidence
+from ..metrics import Recall
 from ..predictor_file import write_safetensors
 from .dataset import LayerDataset, Samples
 from .losses import LOSSES
@@ -68,14 +69,18 @@ class FitState:
 
 
 def measure(
-    scorer: Scorer, dataset: LayerDataset, top_k: int, shares: Shares | None = None
+    scorer: Scorer,
+    dataset: LayerDataset,
+    top_k: int,
+    shares: Shares | None = None,
+    confidence: Confidence | None = None,
 ) -> Recall:
     """Recall of a scorer over a data set; `shares`: see Recall.add, of all its samples in order."""
-    recall, done = Recall(len(dataset.targets), top_k), 0
+    recall, done = Recall(len(dataset.targets), top_k, confidence=confidence), 0
     for samples in dataset.batches(4096):
         scores = np.array(scorer(*inputs(samples)).astype(mx.float32))
         part = rows_of(shares, done, len(samples))
-        recall.add(rank(scores, recall.ranks), samples.chosen, part)
+        recall.add_scores(scores, samples.chosen, part)
         done += len(samples)
     return recall
 
