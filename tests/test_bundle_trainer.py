@@ -11,7 +11,10 @@ from tqdm import tqdm
 from mlx_od_moe import PredictorBundle
 from mlx_od_moe.context import ContextConfig
 from mlx_od_moe.evaluate import evaluate
+from mlx_od_moe.metrics import hits
+from mlx_od_moe.routing_trace import Predictions, open_routing, predict_layers
 from mlx_od_moe.training import train_shadow
+from mlx_od_moe.training.dataset import read_array
 from mlx_od_moe.training.fit import FitOptions
 from mlx_od_moe.training.layer_trainer import TrainingOptions
 from mlx_od_moe.training.sequence_blocks import SequenceBlocks
@@ -153,3 +156,20 @@ def _bundle_of(traces) -> PredictorBundle:
         }
 
     return Seen()
+
+
+def test_a_replay_predicts_as_evaluate_does(traces, trained):
+    """The simulator runs the native forward on recorded states, contexts included."""
+    trace = open_routing(traces.path)
+    predictions = Predictions.empty(trace, 2, 6)
+    predict_layers(predictions, trace, trained, "f32", lambda n: None)
+    documents = np.concatenate([read_array(s, "document") for s in traces.shards])
+    _, validation = documents_of(traces, PredictorBundle.load(trained))
+    rows = np.isin(documents, sorted(validation))
+    found = evaluate(trained, traces.path, progress=False)["layers"]
+    for i, layer in enumerate(traces.moe_layers[:-1]):
+        expected = found[layer]["predictor"]["recall_at_k"]
+        for d, recall in enumerate(expected):
+            ids = predictions.ids[rows, i + 1, d, : traces.top_k]
+            own = hits(ids, trace.experts[rows, i + 1 + d]).sum() / ids.size
+            assert own == pytest.approx(recall, abs=0.02)
