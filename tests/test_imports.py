@@ -17,7 +17,8 @@ BUILT = {"_ext", "_build"}
 # What the modules that everything rests on may import of ours, and nothing else.
 FOUNDATION = {
     "_blas": set(),
-    "metrics": set(),
+    "confidence": set(),
+    "metrics": {"confidence"},
     "token_table": set(),
     "predictor_file": set(),
     "moe": set(),
@@ -50,9 +51,16 @@ FOUNDATION = {
     "packed_format": {"_ext", "expert_file"},
     "pack": {"_ext", "durable_file", "expert_file", "packed_format", "progress"},
     "router": {"predictor_file"},
+    "context": {"predictor_file"},
     "native_predictor": {"_ext", "predictor_file"},
-    "shadow_model": {"native_predictor", "predictor_file", "router"},
-    "predictor_bundle": {"native_predictor", "predictor_file", "router", "shadow_model"},
+    "shadow_model": {"context", "native_predictor", "predictor_file", "router"},
+    "predictor_bundle": {
+        "context",
+        "native_predictor",
+        "predictor_file",
+        "router",
+        "shadow_model",
+    },
     "shadow_runner": {
         "_ext",
         "native_predictor",
