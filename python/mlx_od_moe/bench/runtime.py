@@ -169,6 +169,9 @@ def _open(options: argparse.Namespace, disk: str | None, stack: ExitStack) -> di
         settings["policy"] = "lru" if name == "lru" else options.policy
         if name == "prefetch":
             settings |= {"predictor": options.predictor, "guarded": options.guarded}
+        ours = rows["prefetch"].runtime if "prefetch" in rows else None
+        if name == "oracle" and ours:  # it differs in what is predicted, and in nothing else
+            settings["slots"] = {n: ours.store.slots(n) for n in ours.store.layers}
         model, _, runtime = load(options.model, **settings)
         stack.enter_context(runtime)
         rows[name] = Row(model, runtime, Oracle(runtime) if name == "oracle" else None)
