@@ -4,6 +4,7 @@ find_package(Threads REQUIRED)
 # Objects, so that the tests see what the shared library hides.
 add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
+  cpp/mlx_od_moe/context_memory.cpp
   cpp/mlx_od_moe/crc32c.cpp
   cpp/mlx_od_moe/expert_checkpoint.cpp
   cpp/mlx_od_moe/expert_file.cpp
@@ -18,6 +19,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/read_probe.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
+  cpp/mlx_od_moe/sequence_context.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp

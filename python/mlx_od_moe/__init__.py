@@ -29,7 +29,13 @@ except ImportError as error:
         f"NVIDIA GPU). The cause: {error}"
     ) from error
 
-from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
+from ._ext import (  # noqa: E402
+    NativePredictor,
+    Prediction,
+    PredictionQueue,
+    SequenceContext,
+    is_available,
+)
 from .expert_file import ExpertFile  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
@@ -47,6 +53,7 @@ __all__ = [
     "PredictionQueue",
     "PredictorBundle",
     "PredictorConfig",
+    "SequenceContext",
     "ShadowRunner",
     "is_available",
 ]

@@ -29,6 +29,7 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
+#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -144,6 +145,7 @@ const KernelSet kNeon = {
     relu,
     sigmoid,
     top_k,
+    attend,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

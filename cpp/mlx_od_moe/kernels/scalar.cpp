@@ -7,6 +7,7 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #include "mlx_od_moe/kernels/row_ops.inl"
+#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -122,6 +123,7 @@ const KernelSet kScalar = {
     relu,
     sigmoid,
     top_k,
+    attend,
 };
 
 }  // namespace mlx_od_moe::kernels
