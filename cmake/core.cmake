@@ -20,6 +20,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/sequence_context.cpp
+  cpp/mlx_od_moe/sequence_table.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp

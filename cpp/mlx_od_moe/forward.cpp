@@ -125,6 +125,7 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
     finish_trunk(query, first, tokens);
     run_stage(heads_phase());
   }
+  close();
   combine(tokens, out);
 }
 

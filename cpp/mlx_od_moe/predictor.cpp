@@ -304,6 +304,12 @@ void Predictor::predict(const Query& query, int k, int32_t* ids) const {
   }
 }
 
+std::vector<int> Predictor::memory_layers() const {
+  std::vector<int> layers;
+  for (const PackedMemory& memory : layer_->packed.context.memories) layers.push_back(memory.layer);
+  return layers;
+}
+
 const PackedPredictor& Predictor::packed() const { return layer_->packed; }
 const PredictorConfig& Predictor::config() const { return layer_->packed.config; }
 const PredictorOptions& Predictor::options() const { return layer_->options; }

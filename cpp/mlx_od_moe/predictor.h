@@ -76,7 +76,8 @@ class MLX_OD_MOE_API Predictor {
 
   const PredictorConfig& config() const;
   const PredictorOptions& options() const;
-  const char* kernel() const;  // "amx", "avx512", "avx2", "neon" or "scalar"
+  const char* kernel() const;              // "amx", "avx512", "avx2", "neon" or "scalar"
+  std::vector<int> memory_layers() const;  // that its context reads, nearest first; none without a context
   const PackedPredictor& packed() const;
   bool shares_weights_with(const Predictor& other) const { return layer_ == other.layer_; }
   size_t weight_bytes() const;  // read by one forward

@@ -1,7 +1,5 @@
 #include "mlx_od_moe/shadow_runner.h"
 
-#include <signal.h>
-
 #include <algorithm>
 #include <functional>
 #include <span>
@@ -14,6 +12,8 @@
 #include "mlx_od_moe/hidden_slot.h"
 #include "mlx_od_moe/kernels/kernels.h"
 #include "mlx_od_moe/latency_histogram.h"
+#include "mlx_od_moe/sequence_table.h"
+#include "mlx_od_moe/signals_blocked.h"
 
 namespace mlx_od_moe {
 namespace {
@@ -29,22 +29,6 @@ std::string listed(const std::vector<int>& layers) {
   for (int layer : layers) out += (out.size() > 1 ? ", " : "") + std::to_string(layer);
   return out + "]";
 }
-
-// A signal is for the thread that the program expects it on: Python's main thread, say.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
-};
 
 }  // namespace
 
@@ -66,6 +50,7 @@ class ShadowRunner::Worker {
     }
     layers_.resize(moe_layers.size());
     for (LayerPredictor& p : predictors) add(std::move(p));
+    make_sequences();
     table_ = std::make_unique<PredictionTable>(moe_layers.size(), most_experts_);
     for (uint32_t i = 0; i < slots_.size(); ++i) free_.try_push(uint32_t{i});
   }
@@ -81,6 +66,8 @@ class ShadowRunner::Worker {
   const Predictor* predictor(size_t layer) const {
     return layers_[layer].predictor ? &*layers_[layer].predictor : nullptr;
   }
+  int hidden_size(size_t layer) const { return layers_[layer].hidden_size; }
+  SequenceTable* sequences() const { return sequences_.get(); }
 
   bool has_thread() const { return forks_ == fork_count(); }  // not in a forked child
   void require_thread() const {
@@ -105,7 +92,7 @@ class ShadowRunner::Worker {
     return next;
   }
 
-  void submit(size_t layer, const Query& query, std::unique_ptr<PendingBytes> bytes) {
+  void submit(size_t layer, const Query& query, std::unique_ptr<PendingBytes> bytes, const SequencePlace& place) {
     submitted_.fetch_add(1, std::memory_order_relaxed);
     uint32_t number = 0;
     if (!free_.try_pop(number)) {
@@ -118,8 +105,10 @@ class ShadowRunner::Worker {
     slot.submitted_ns = now_ns();
     slot.step = step.load(std::memory_order_relaxed);
     slot.layer = layer;
+    slot.place = place;
     try {
-      slot.fill(query, std::move(bytes), layers_[layer].predictor->config());
+      slot.fill(query, std::move(bytes), layers_[layer].hidden_size, predictor(layer));
+      slot.query.position = place.position;
     } catch (...) {
       drop();
       free_.try_push(std::move(number));
@@ -157,7 +146,6 @@ class ShadowRunner::Worker {
       if (!got) break;
       run(slots_[number]);
       free_.try_push(std::move(number));
-      call_back();
     }
     meeting_.fetch_add(1, std::memory_order_acq_rel);  // of two that meet here the later sees what the earlier did
     drop_all();
@@ -173,11 +161,12 @@ class ShadowRunner::Worker {
   RunnerStatistics statistics() const {
     RunnerStatistics s;
     s.predicted = predicted_.load(std::memory_order_relaxed);
+    s.observed = observed_.load(std::memory_order_relaxed);
     s.dropped = dropped_.load(std::memory_order_relaxed);
     s.expired = expired_.load(std::memory_order_relaxed);
     s.failed = failed_.load(std::memory_order_relaxed);
     s.submitted = submitted_.load(std::memory_order_relaxed);
-    s.waiting = s.submitted - s.predicted - s.dropped - s.expired - s.failed;
+    s.waiting = s.submitted - s.predicted - s.observed - s.dropped - s.expired - s.failed;
     s.errors = errors_.count();
     s.latency_p50_ns = latency_.quantile(0.5);
     s.latency_p99_ns = latency_.quantile(0.99);
@@ -196,6 +185,8 @@ class ShadowRunner::Worker {
     std::optional<Predictor> predictor;
     std::vector<size_t> targets;
     int k = 0;
+    int hidden_size = 0;      // of the states that are read; 0: none
+    bool remembered = false;  // they leave something for later tokens
   };
 
   static size_t slots_for(const RunnerOptions& options) {
@@ -227,25 +218,74 @@ class ShadowRunner::Worker {
     most_experts_ = std::max(most_experts_, size(config.num_experts));
     ranking_.reserve(config);
     for (HiddenSlot& slot : slots_) slot.reserve(config);
+    layer.hidden_size = config.hidden_size;
     layer.predictor.emplace(std::move(given.predictor));
   }
 
+  // Where predictors have a context: their targets' states are observed, also where no predictor is.
+  void make_sequences() {
+    std::map<int, Predictor> reading;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      if (!layers_[i].predictor || !layers_[i].predictor->config().has_context()) continue;
+      const std::vector<int> memories = layers_[i].predictor->memory_layers();
+      std::vector<int> targets;
+      for (size_t target : layers_[i].targets) targets.push_back(moe_layers[target]);
+      if (memories != targets) {
+        refuse("the predictor of layer " + std::to_string(moe_layers[i]) + " reads the memories of layers " +
+               listed(targets) + ", but has those of " + listed(memories) + ": its bundle holds them");
+      }
+      reading.emplace(moe_layers[i], *layers_[i].predictor);
+    }
+    if (reading.empty()) return;
+    sequences_ = std::make_unique<SequenceTable>(reading);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      if (!sequences_->none().remembers(moe_layers[i])) continue;
+      layers_[i].remembered = true;
+      layers_[i].hidden_size = sequences_->none().hidden_size();
+    }
+  }
+
+  // The prediction goes first: what the state leaves for later tokens can wait.
   void run(HiddenSlot& slot) {
+    const Layer& layer = layers_[slot.layer];
+    SequenceContext* context = nullptr;
     std::atomic<uint64_t>* outcome = &failed_;
-    try {
+    const bool usable = kept([&] {
+      if (sequences_) context = &sequences_->context(slot.place);
       int64_t ready_ns = slot.submitted_ns;
-      if (slot.pending && !over(slot)) {
+      if (slot.pending && (layer.remembered || !over(slot))) {
         slot.query.hidden = slot.pending->wait();
         ready_ns = now_ns();
       }
+      if (!layer.predictor) return;
+      if (layer.predictor->config().has_context()) slot.query.sequence = context;
       const bool predicted = !over(slot) && predict(slot, ready_ns);
       if (predicted) latency_.add(now_ns() - ready_ns);
       outcome = predicted ? &predicted_ : &expired_;
+    });
+    if (!layer.remembered) slot.pending.reset();
+    if (layer.predictor) settle(slot, outcome);
+    call_back();
+    const bool observed =
+        usable && layer.remembered && kept([&] { context->observe(moe_layers[slot.layer], slot.query); });
+    if (!layer.predictor) settle(slot, observed ? &observed_ : &failed_);
+    slot.pending.reset();
+  }
+
+  // Whether it went well; what it throws is kept.
+  template <class Do>
+  bool kept(const Do& act) {
+    try {
+      act();
+      return true;
     } catch (...) {
       errors_.keep();
+      return false;
     }
+  }
+
+  void settle(const HiddenSlot& slot, std::atomic<uint64_t>* outcome) {
     outcome->fetch_add(1, std::memory_order_relaxed);
-    slot.pending.reset();
     settle(slot);
   }
 
@@ -300,13 +340,7 @@ class ShadowRunner::Worker {
   void drop() { dropped_.fetch_add(1, std::memory_order_relaxed); }
 
   void call_back() {
-    for (const PredictionRecord& record : to_call_back_) {
-      try {
-        on_prediction_(record);
-      } catch (...) {
-        errors_.keep();
-      }
-    }
+    for (const PredictionRecord& record : to_call_back_) kept([&] { on_prediction_(record); });
     to_call_back_.clear();
   }
 
@@ -316,7 +350,8 @@ class ShadowRunner::Worker {
   std::vector<Layer> layers_;
   size_t most_experts_ = 0;
   std::unique_ptr<PredictionTable> table_;
-  std::optional<size_t> last_layer_;  // the submitting thread's
+  std::unique_ptr<SequenceTable> sequences_;  // null where no predictor has a context
+  std::optional<size_t> last_layer_;          // the submitting thread's
 
   Ring<uint32_t> free_, pending_;  // numbers of slots
   std::vector<HiddenSlot> slots_;
@@ -329,7 +364,7 @@ class ShadowRunner::Worker {
   ExpertRanking ranking_;
   std::vector<PredictionRecord> to_call_back_;
 
-  std::atomic<uint64_t> submitted_{0}, predicted_{0}, dropped_{0}, expired_{0}, failed_{0};
+  std::atomic<uint64_t> submitted_{0}, predicted_{0}, observed_{0}, dropped_{0}, expired_{0}, failed_{0};
   LatencyHistogram latency_;
   mutable ErrorList errors_;
 };
@@ -354,7 +389,7 @@ ShadowRunner::~ShadowRunner() {
 }
 
 uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
-                                     std::optional<uint64_t> step) {
+                                     std::optional<uint64_t> step, int sequence) {
   check();
   worker_->require_thread();
   if (closed()) throw std::runtime_error("[ShadowRunner] is closed");
@@ -363,7 +398,12 @@ uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_
     refuse("a query needs a hidden state, and 0 or more tokens; got " + std::to_string(query.tokens));
   }
   const uint64_t current = worker_->begin(index, step);
-  if (worker_->predictor(index) != nullptr && query.tokens > 0) worker_->submit(index, query, std::move(bytes));
+  if (query.tokens == 0) return current;
+  SequencePlace place;
+  if (SequenceTable* table = worker_->sequences()) {
+    place = table->place(sequence, layer, query.tokens, current, step.has_value());
+  }
+  if (worker_->hidden_size(index) > 0) worker_->submit(index, query, std::move(bytes), place);
   return current;
 }
 
@@ -373,6 +413,19 @@ std::vector<ScoredExpert> ShadowRunner::get_predictions(int layer, Clock::time_p
   return worker_->get(worker_->index(layer), deadline, settled);
 }
 
+void ShadowRunner::reset(int sequence) {
+  if (SequenceTable* table = worker_->sequences()) table->reset(sequence);
+}
+
+void ShadowRunner::trim(int sequence, int64_t tokens) {
+  if (SequenceTable* table = worker_->sequences()) table->trim(sequence, tokens);
+}
+
+void ShadowRunner::fork(int sequence, int to) {
+  if (SequenceTable* table = worker_->sequences()) table->fork(sequence, to);
+}
+
+int ShadowRunner::hidden_size(int layer) const { return worker_->hidden_size(worker_->index(layer)); }
 const Predictor* ShadowRunner::predictor(int layer) const { return worker_->predictor(worker_->index(layer)); }
 const std::vector<int>& ShadowRunner::moe_layers() const { return worker_->moe_layers; }
 const std::shared_ptr<PredictionQueue>& ShadowRunner::queue() const { return worker_->queue; }
