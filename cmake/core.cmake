@@ -17,6 +17,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/predictor_file.cpp
   cpp/mlx_od_moe/read_probe.cpp
+  cpp/mlx_od_moe/runner_layers.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/sequence_context.cpp
