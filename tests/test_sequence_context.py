@@ -254,7 +254,8 @@ def test_memory_is_bounded():
         for layer in LAYERS:
             context.observe(layer, np.ones((1000, HIDDEN), np.float32))
         sizes.add(context.nbytes)
-    per_layer = 272 * 128 * 2 + 17 * 64 * 4 + (272 + 17) * 8
+    keys, values, states = 272 * 64 * 2, 64 * 320 * 2, 17 * 64 * 4
+    per_layer = keys + values + states + (272 + 17) * 8
     assert sizes == {3 * per_layer + 3 * INNER * 4}
 
 

@@ -121,8 +121,9 @@ class Forward : public SharedWork {
   int64_t position_ = 0;
   bool attends_ = false;  // some earlier token can be seen
   Stage stages_[kPhases];
-  std::vector<float> hidden_, scaled_, read_, inner_, scores_, logits_, scratch_;
+  std::vector<float> hidden_, scaled_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;
+  ContextMemory::Scratch attention_;
 };
 
 }  // namespace mlx_od_moe

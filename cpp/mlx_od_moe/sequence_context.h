@@ -13,8 +13,9 @@
 // Ownership  Shares the predictors' weights. A copy is independent of the original: that is a fork.
 // Errors     std::invalid_argument, "[SequenceContext] rule, value".
 // Units      Layers by the model's index; positions and lengths in tokens.
-// Costs      Per target layer (window + 16) * 2 * key_size * b + 17 * state_size * 4 bytes, b = 4 where the
-//            predictors' format is f32 or f16, else 2; and per predictor predictor_size * 4 bytes.
+// Costs      Per target layer about (window + 16) * (2 * key_size * b + 8) + 17 * state_size * 4 bytes, key_size
+//            and window + 16 rounded up to 64, b = 4 where the predictors' format is f32, else 2 (exactly:
+//            ContextMemory::most_bytes); and per predictor predictor_size * 4 bytes.
 #pragma once
 
 #include <cstddef>
@@ -59,8 +60,7 @@ class MLX_OD_MOE_API SequenceContext {
   // The kept vector [predictor_size] for the token at `position`; null where there is none.
   const float* previous_state(size_t source, int64_t position) const;
   // All heads: query [lookahead * key_size] to out, likewise.
-  void attend(size_t source, int64_t position, const float* query, float* scratch, float* out) const;
-  size_t scratch_floats() const;
+  void attend(size_t source, int64_t position, const float* query, ContextMemory::Scratch& scratch, float* out) const;
 
  private:
   struct Memory {
