@@ -27,8 +27,9 @@ FOUNDATION = {
     "pack": {"_ext", "durable_file", "expert_file", "packed_format", "progress"},
     "router": {"predictor_file"},
     "native_predictor": {"_ext", "predictor_file"},
-    "shadow_model": {"native_predictor", "predictor_file", "router"},
-    "predictor_bundle": {"native_predictor", "predictor_file", "router", "shadow_model"},
+    "context": {"predictor_file"},
+    "shadow_model": {"context", "native_predictor", "predictor_file", "router"},
+    "predictor_bundle": {"context", "native_predictor", "predictor_file", "router", "shadow_model"},
     "shadow_runner": {
         "_ext",
         "native_predictor",
@@ -175,7 +176,7 @@ def test_only_the_bindings_include_nanobind():
 def test_queue_store_and_kernels_include_no_mlx():
     """Prefetch threads never see an MLX array, and ThreadSanitizer never sees MLX."""
     without = re.compile(
-        r"prediction_|shadow_runner|ring|parking|placement|read_probe|expert_store|expert_file|kernels|workers"
+        r"prediction_|shadow_runner|runner_layers|sequence_|context_memory|ring|parking|placement|read_probe|expert_store|expert_file|kernels|workers"
     )
     checked = [p for p in CPP if without.search(str(p.relative_to(ROOT)))]
     assert checked

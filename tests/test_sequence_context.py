@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe._ext import available_kernels
+
+from context_models import HIDDEN, INNER, LAYERS, make_bundle, make_states, oracle
+from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe.context import ContextConfig, TokenMemory
 from mlx_od_moe.native_predictor import SequenceContext, load_bundle
 
-HIDDEN, INNER, EXPERTS = 20, 24, 10
-LAYERS = [0, 2, 3, 5]
-AHEAD = {0: 2, 2: 2, 3: 1}
 # What a forward loses, relative to the logits' norm.
 TOLERANCE = {"f32": 1e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 5e-2, "int4": 0.3}
 
@@ -27,44 +25,6 @@ contexts = st.builds(
     key_size=st.integers(1, 19),
     state_size=st.integers(0, 5),
 )
-
-
-def make_bundle(context: ContextConfig | None, seed: int = 0, **options) -> PredictorBundle:
-    """Every weight random; the last layer has no predictor."""
-    mx.random.seed(seed)
-    predictors = {}
-    for layer, lookahead in AHEAD.items():
-        config = PredictorConfig(HIDDEN, INNER, EXPERTS, lookahead, 3, context=context, **options)
-        predictors[layer] = ExpertPredictor(config)
-        if context and context.window:
-            reader = predictors[layer].context
-            reader.position_bias = mx.random.normal(reader.position_bias.shape)
-            reader.attended.weight = 3 * reader.attended.weight
-    memories = {t: TokenMemory(context, HIDDEN) for t in LAYERS[1:]} if context else {}
-    for memory in memories.values():
-        memory.encode.weight = 3 * memory.encode.weight
-    return PredictorBundle(LAYERS, predictors, memories=memories)
-
-
-def make_states(tokens: int, seed: int = 1) -> dict[int, np.ndarray]:
-    """{layer: [tokens, HIDDEN]}."""
-    rng = np.random.default_rng(seed)
-    return {layer: rng.standard_normal((tokens, HIDDEN), dtype=np.float32) for layer in LAYERS}
-
-
-def oracle(bundle: PredictorBundle, states: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """{layer: logits [tokens, ...] of one sequence}."""
-    arrays = {layer: mx.array(h) for layer, h in states.items()}
-    sequence = mx.zeros(len(states[0]), mx.int32)
-    return {
-        layer: np.array(
-            bundle[layer](
-                arrays[layer],
-                context=bundle.context_vectors(layer, arrays[layer], arrays, sequence),
-            )
-        )
-        for layer in bundle
-    }
 
 
 class Player:
@@ -125,7 +85,9 @@ def test_every_format_and_kernel(monkeypatch, kernel, format, context):
 
 
 @settings(max_examples=40, deadline=None)
-@given(context=contexts, prompt=st.integers(1, 140), tail=st.integers(1, 5), chunk=st.integers(1, 80))
+@given(
+    context=contexts, prompt=st.integers(1, 140), tail=st.integers(1, 5), chunk=st.integers(1, 80)
+)
 def test_decoding_goes_on_from_a_prefill(context, prompt, tail, chunk):
     """However the prompt was cut, the tokens after it see all of it."""
     bundle = make_bundle(context)
@@ -314,7 +276,7 @@ def test_wrong_uses_are_refused():
     other = make_bundle(ContextConfig(4, 4, 4)).native("f32")
     with pytest.raises(ValueError, match="not one that this context was made for"):
         other[0].logits(np.zeros(HIDDEN, np.float32), sequence=context)
-    with pytest.raises(ValueError, match="share one context, got window 4.* and window 5"):
+    with pytest.raises(ValueError, match=r"share one context, got window 4.* and window 5"):
         SequenceContext({0: natives[0], 2: make_bundle(ContextConfig(5, 4, 4)).native()[2]})
 
 

@@ -5,12 +5,13 @@ Rows of one format, in one process and in turns, all by C++'s clock for one toke
     previous state   with the previous token's states: one kept vector is added
     attention        with heads over the last tokens at each target
     both             with both
-    observing        beside the path: what a token leaves at one layer, and the vector that this completes
+    observing        beside the path: what a token leaves at a layer, and the vector then complete
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -76,9 +77,7 @@ def predicting(
     return lambda: time_predict(next(choices), x, k, sequence)
 
 
-def observing(
-    natives: dict[int, NativePredictor], sequence: SequenceContext, x: np.ndarray
-) -> Run:
+def observing(natives: dict[int, NativePredictor], sequence: SequenceContext, x: np.ndarray) -> Run:
     """Observations that go round the layers which are the last target of one."""
     ahead = natives[0].lookahead
     choices = itertools.cycle(range(ahead, ahead + len(natives)))
@@ -87,15 +86,15 @@ def observing(
     return lambda: time_observe(sequence, next(choices), x)
 
 
-def measure(sizes: dict[str, int], format: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(config: PredictorConfig, format: str, options: argparse.Namespace) -> dict[str, Any]:
     """One block of rows."""
     rng = np.random.default_rng(1)
-    states = rng.standard_normal((2 * options.window, sizes["hidden_size"]), dtype=np.float32)
+    states = rng.standard_normal((2 * options.window, config.hidden_size), dtype=np.float32)
     runs: dict[str, Run] = {}
     held = {}
     for name, context in contexts(options).items():
-        config = PredictorConfig(**sizes, context=context)
-        natives = make_natives(config, format, options.threads, options.layers)
+        own = dataclasses.replace(config, context=context)
+        natives = make_natives(own, format, options.threads, options.layers)
         sequence = filled(natives, states) if context else None
         runs[name] = predicting(natives, sequence, states[:1])
         if sequence is not None:
@@ -111,13 +110,15 @@ def measure(sizes: dict[str, int], format: str, options: argparse.Namespace) -> 
         rest=0.01 if options.threads > 1 else 0.0,
     )
     found = {name: summary(t) for name, t in times.items()}
+    keys = ("min", "p50")
+    plain = found[PLAIN]
     return {
         "format": format,
         "microseconds": found,
         "bytes_per_sequence": held,
-        "ratio": {name: {k: found[name][k] / found[PLAIN][k] for k in ("min", "p50")} for name in found},
-        "added": {name: {k: found[name][k] - found[PLAIN][k] for k in ("min", "p50")} for name in found},
-    }  # fmt: skip
+        "ratio": {name: {k: own[k] / plain[k] for k in keys} for name, own in found.items()},
+        "added": {name: {k: own[k] - plain[k] for k in keys} for name, own in found.items()},
+    }
 
 
 def lines(row: dict[str, Any]) -> list[str]:
@@ -153,14 +154,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.layers < 1:
         raise ValueError(f"--layers must be 1 or more, got {options.layers}")
     names = ("hidden_size", "predictor_size", "num_experts", "lookahead")
-    sizes = {name: getattr(options, name) for name in names}
+    sizes: dict[str, Any] = {name: getattr(options, name) for name in names}
+    config = PredictorConfig(**sizes)
     print(f"{options.hidden_size} -> {options.predictor_size} -> {options.lookahead} x "
           f"{options.num_experts}, window {options.window}, key {options.key_size}, state "
           f"{options.state_size}, {options.threads} thread(s), {options.layers} layer(s), load "
           f"{machine()['load']}; microseconds: min p50 p99, and p50 to plain's")  # fmt: skip
     results = []
     for format in tqdm(options.formats, leave=False, disable=None):
-        results.append(measure(sizes, format, options))
+        results.append(measure(config, format, options))
         tqdm.write("\n".join(lines(results[-1])))
     own = ("threads", "layers", "window", "key_size", "state_size")
     return {**sizes, **{name: getattr(options, name) for name in own}, "results": results}
