@@ -101,7 +101,7 @@ const float* ContextMemory::state(int64_t position) const {
   return state_position_[slot] == position ? states_.data() + slot * size(config_.state_size) : nullptr;
 }
 
-void ContextMemory::attend(int64_t position, const float* query, const float* position_bias, Scratch& scratch,
+void ContextMemory::attend(int64_t position, const float* query, const float* position_bias, AttentionScratch& scratch,
                            float* out) const {
   if (used_ == 0) {
     std::fill_n(out, config_.key_size, 0.0f);

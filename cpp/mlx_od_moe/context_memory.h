@@ -21,15 +21,15 @@
 
 namespace mlx_od_moe {
 
+// Of one call to ContextMemory::attend.
+struct AttentionScratch {
+  Activations activations;
+  std::vector<float> query, scores, value;
+};
+
 class ContextMemory {
  public:
   static constexpr int kSpare = 16;
-
-  // Of one call to `attend`.
-  struct Scratch {
-    Activations activations;
-    std::vector<float> query, scores, value;
-  };
 
   ContextMemory(const ContextConfig& config, const Packing& packing);
 
@@ -48,7 +48,8 @@ class ContextMemory {
   bool attends(int64_t position) const { return position > 0 && position - config_.window < length_; }
   // One head for a token at `position`: query and out [key_size], position_bias [window + 1] of 0 tokens back
   // (which stands for nothing) to `window`.
-  void attend(int64_t position, const float* query, const float* position_bias, Scratch& scratch, float* out) const;
+  void attend(int64_t position, const float* query, const float* position_bias, AttentionScratch& scratch,
+              float* out) const;
 
   size_t bytes() const;
   static size_t most_bytes(const ContextConfig& config, const Packing& packing);

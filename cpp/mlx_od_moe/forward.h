@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/packed_matrix.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/sequence_context.h"
@@ -123,7 +124,7 @@ class Forward : public SharedWork {
   Stage stages_[kPhases];
   std::vector<float> hidden_, scaled_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;
-  ContextMemory::Scratch attention_;
+  AttentionScratch attention_;
 };
 
 }  // namespace mlx_od_moe

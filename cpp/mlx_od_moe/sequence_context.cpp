@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/forward.h"
 
 namespace mlx_od_moe {
@@ -39,6 +40,26 @@ void multiply(const Packing& packing, const PackedMatrix& matrix, int tokens, in
 }
 
 }  // namespace
+
+struct SequenceContext::Memory {
+  ContextMemory memory;
+  const PackedPredictor* owner;  // of a predictor that looks at this layer
+  size_t distance;               // among its memories
+  std::vector<size_t> sources;   // all that look at it
+};
+
+struct SequenceContext::Source {
+  const PackedPredictor* predictor;
+  std::vector<size_t> memories;  // per distance
+  std::vector<float> vector;
+  int64_t position;  // that the vector is for
+};
+
+SequenceContext::SequenceContext(const SequenceContext& other) = default;
+SequenceContext::SequenceContext(SequenceContext&& other) noexcept = default;
+SequenceContext& SequenceContext::operator=(const SequenceContext& other) = default;
+SequenceContext& SequenceContext::operator=(SequenceContext&& other) noexcept = default;
+SequenceContext::~SequenceContext() = default;
 
 SequenceContext::SequenceContext(const std::map<int, Predictor>& predictors) {
   for (const auto& [layer, predictor] : predictors) {
@@ -149,6 +170,8 @@ int64_t SequenceContext::length(int layer) const {
   return found == layers_.end() ? 0 : memories_[found->second].memory.length();
 }
 
+bool SequenceContext::empty() const { return sources_.empty(); }
+
 int SequenceContext::hidden_size() const { return empty() ? 0 : sources_.front().predictor->config.hidden_size; }
 
 size_t SequenceContext::bytes() const {
@@ -181,7 +204,7 @@ const float* SequenceContext::previous_state(size_t source, int64_t position) co
   return config_.state_size > 0 && s.position == position ? s.vector.data() : nullptr;
 }
 
-void SequenceContext::attend(size_t source, int64_t position, const float* query, ContextMemory::Scratch& scratch,
+void SequenceContext::attend(size_t source, int64_t position, const float* query, AttentionScratch& scratch,
                              float* out) const {
   const Source& s = sources_[source];
   for (size_t d = 0; d < s.memories.size(); ++d) {

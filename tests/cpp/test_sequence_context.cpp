@@ -8,6 +8,7 @@
 #include <limits>
 #include <thread>
 
+#include "mlx_od_moe/context_memory.h"
 #include "random_bundle.h"
 
 using namespace mlx_od_moe;
