@@ -4,6 +4,7 @@ find_package(Threads REQUIRED)
 # Objects, so that the tests see what the shared library hides.
 add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
+  cpp/mlx_od_moe/context_memory.cpp
   cpp/mlx_od_moe/crc32c.cpp
   cpp/mlx_od_moe/eviction.cpp
   cpp/mlx_od_moe/expert_checkpoint.cpp
@@ -24,8 +25,11 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/read_probe.cpp
   cpp/mlx_od_moe/request_schedule.cpp
   cpp/mlx_od_moe/resident_experts.cpp
+  cpp/mlx_od_moe/runner_layers.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
+  cpp/mlx_od_moe/sequence_context.cpp
+  cpp/mlx_od_moe/sequence_table.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/simulator.cpp
   cpp/mlx_od_moe/weights.cpp

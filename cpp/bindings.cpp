@@ -17,6 +17,7 @@
 #include "mlx_od_moe/mlx_ops.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/predictor_file.h"
+#include "mlx_od_moe/sequence_context.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -33,7 +34,8 @@ struct Call {
   mlx_od_moe::Query query;
   Shape leading;  // the shape of x without its last axis
 
-  Call(const Predictor& predictor, nb::handle x, nb::handle previous_ids, nb::handle context_vector)
+  Call(const Predictor& predictor, nb::handle x, nb::handle previous_ids, nb::handle context_vector,
+       const mlx_od_moe::SequenceContext* sequence)
       : hidden(hidden_state(x)) {
     const mlx_od_moe::PredictorConfig& config = predictor.config();
     if (hidden.shape.empty() || hidden.shape.back() != static_cast<size_t>(config.hidden_size)) {
@@ -51,6 +53,7 @@ struct Call {
     query = {hidden.data, hidden.dtype, static_cast<int>(tokens), nullptr, 0, nullptr};
     if (!previous_ids.is_none()) add_previous(config, previous_ids);
     if (!context_vector.is_none()) add_context(config, context_vector);
+    query.sequence = sequence;
   }
 
  private:
@@ -106,8 +109,9 @@ nb::object write_result(const Shape& shape, nb::object out, const Run& run) {
   return out;
 }
 
-nb::object logits(const Predictor& self, nb::handle x, nb::handle previous, nb::handle context, nb::object out) {
-  const Call call(self, x, previous, context);
+nb::object logits(const Predictor& self, nb::handle x, nb::handle previous, nb::handle context, nb::object out,
+                  const mlx_od_moe::SequenceContext* sequence) {
+  const Call call(self, x, previous, context, sequence);
   Shape shape = call.leading;
   shape.push_back(static_cast<size_t>(self.config().lookahead));
   shape.push_back(static_cast<size_t>(self.config().num_experts));
@@ -115,8 +119,8 @@ nb::object logits(const Predictor& self, nb::handle x, nb::handle previous, nb::
 }
 
 nb::object predict(const Predictor& self, nb::handle x, std::optional<int> k, nb::handle previous, nb::handle context,
-                   nb::object out) {
-  const Call call(self, x, previous, context);
+                   nb::object out, const mlx_od_moe::SequenceContext* sequence) {
+  const Call call(self, x, previous, context, sequence);
   const int count = k.value_or(self.config().top_k);
   Shape shape = call.leading;
   shape.push_back(static_cast<size_t>(self.config().lookahead));
@@ -152,6 +156,10 @@ mlx_od_moe::PredictorConfig config_of(const nb::dict& options) {
   config.activation = mlx_od_moe::parse_activation(option<std::string>(options, "activation"));
   config.layer_norm = option<bool>(options, "layer_norm");
   config.previous_experts = option<bool>(options, "previous_experts");
+  if (const nb::object context = nb::borrow(options["context"]); !context.is_none()) {
+    const nb::dict sizes = nb::cast<nb::dict>(context);
+    config.context = {option<int>(sizes, "window"), option<int>(sizes, "key_size"), option<int>(sizes, "state_size")};
+  }
   for (const nb::handle term : options["terms"]) {
     config.terms.push_back(mlx_od_moe::parse_term(nb::cast<std::string>(term)));
   }
@@ -244,25 +252,30 @@ TypeError where it has another type.)")
           "path"_a, "format"_a = "int4", "threads"_a = 1,
           "From a file that ExpertPredictor.save wrote. ValueError naming the file where it is not one.")
       .def("logits", &logits, "x"_a, "previous"_a = nb::none(), "context"_a = nb::none(), "out"_a = nb::none(),
+           "sequence"_a = nb::none(),
            nb::sig("def logits(self, x: object, previous: object | None = None, context: object | None = None, out: "
-                   "object | None = None) -> numpy.typing.NDArray[numpy.float32]"),
+                   "object | None = None, sequence: SequenceContext | None = None) -> "
+                   "numpy.typing.NDArray[numpy.float32]"),
            R"(Logits [..., lookahead, num_experts] as a float32 numpy array.
 
 Args:
     x: hidden state [..., hidden_size].
     previous: the previous token's experts at the target layers, [..., lookahead, n]; -1: none.
     context: added to the trunk's output, float32 [..., predictor_size].
-    out: where to write them; returned.)")
+    out: where to write them; returned.
+    sequence: what the tokens before left, for a predictor of a bundle with context. Tokens of one
+        call follow each other; they see those before the call.)")
       .def("predict", &predict, "x"_a, "k"_a = nb::none(), "previous"_a = nb::none(), "context"_a = nb::none(),
-           "out"_a = nb::none(),
+           "out"_a = nb::none(), "sequence"_a = nb::none(),
            nb::sig("def predict(self, x: object, k: int | None = None, previous: object | None = None, context: object "
-                   "| None = None, out: object | None = None) -> numpy.typing.NDArray[numpy.int32]"),
+                   "| None = None, out: object | None = None, sequence: SequenceContext | None = None) -> "
+                   "numpy.typing.NDArray[numpy.int32]"),
            R"(Expert ids [..., lookahead, k] as an int32 numpy array, best first; of equals the lower first.
 
 Args:
     x: hidden state [..., hidden_size].
     k: 1 ... min(32, num_experts); default: the model's top_k.
-    previous, context: as for `logits`.
+    previous, context, sequence: as for `logits`.
     out: int32 array to write them to; returned.)")
       .def_prop_ro("hidden_size", [](const Predictor& p) { return p.config().hidden_size; })
       .def_prop_ro("predictor_size", [](const Predictor& p) { return p.config().predictor_size; })

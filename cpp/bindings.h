@@ -8,6 +8,7 @@ void bind_bench(nanobind::module_& m);
 void bind_expert_store(nanobind::module_& m);
 void bind_offload(nanobind::module_& m);
 void bind_prediction_queue(nanobind::module_& m);
+void bind_sequence_context(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
 void bind_simulator(nanobind::module_& m);
 
@@ -17,6 +18,7 @@ inline void bind_parts(nanobind::module_& m) {
   bind_expert_store(m);
   bind_offload(m);
   bind_prediction_queue(m);
+  bind_sequence_context(m);
   bind_shadow_runner(m);
   bind_simulator(m);
 }

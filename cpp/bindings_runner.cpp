@@ -202,20 +202,24 @@ class Runner {
   }
 
   uint64_t predict_async(nb::handle hidden_states, int layer, std::optional<uint64_t> step, nb::handle previous,
-                         nb::handle context) {
-    const Predictor* predictor = native_->predictor(layer);
-    if (predictor == nullptr) return native_->predict_async(layer, {}, nullptr, step);
+                         nb::handle context, int sequence) {
+    const int hidden_size = native_->hidden_size(layer);
+    if (hidden_size == 0) return native_->predict_async(layer, {}, nullptr, step, sequence);
     Hidden hidden(hidden_states);
-    const mlx_od_moe::PredictorConfig& config = predictor->config();
     std::vector<size_t> shape = hidden.shape;
-    if (shape.empty() || shape.back() != static_cast<size_t>(config.hidden_size)) {
-      throw std::invalid_argument("[ShadowRunner] hidden_states must be [..., " + std::to_string(config.hidden_size) +
+    if (shape.empty() || shape.back() != static_cast<size_t>(hidden_size)) {
+      throw std::invalid_argument("[ShadowRunner] hidden_states must be [..., " + std::to_string(hidden_size) +
                                   "], but is " + text(shape));
     }
     shape.pop_back();
     size_t tokens = 1;
     for (const size_t n : shape) tokens *= n;
     hidden.query.tokens = static_cast<int>(tokens);
+    const Predictor* predictor = native_->predictor(layer);
+    if (predictor == nullptr) {
+      return native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, sequence);
+    }
+    const mlx_od_moe::PredictorConfig& config = predictor->config();
     shape.push_back(static_cast<size_t>(config.lookahead));
     shape.push_back(static_cast<size_t>(config.top_k));
     Values<int32_t> experts;
@@ -231,7 +235,7 @@ class Runner {
       vector = values<float>(context, shape, false, "context");
       hidden.query.context = vector.data();
     }
-    return native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step);
+    return native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, sequence);
   }
 
   std::vector<mlx_od_moe::ScoredExpert> get(int layer, std::optional<double> timeout) {
@@ -250,6 +254,7 @@ class Runner {
     nb::dict out;
     out["submitted"] = s.submitted;
     out["predicted"] = s.predicted;
+    out["observed"] = s.observed;
     out["dropped"] = s.dropped;
     out["expired"] = s.expired;
     out["failed"] = s.failed;
@@ -309,9 +314,9 @@ void bind_shadow_runner(nb::module_& m) {
                     std::optional<int>, int, std::shared_ptr<PredictionQueue>, nb::object>(),
            "predictors"_a, "moe_layers"_a, "k"_a.none(), "capacity"_a, "queue"_a.none(), "on_prediction"_a.none())
       .def("predict_async", &Runner::predict_async, "hidden_states"_a.none(), "current_layer"_a, "step"_a = nb::none(),
-           "previous"_a = nb::none(), "context"_a = nb::none(),
+           "previous"_a = nb::none(), "context"_a = nb::none(), "sequence"_a = 0,
            nb::sig("def predict_async(self, hidden_states: object, current_layer: int, step: int | None = None, "
-                   "previous: object | None = None, context: object | None = None) -> int"),
+                   "previous: object | None = None, context: object | None = None, sequence: int = 0) -> int"),
            R"(Hand in a MoE layer's hidden state and return at once.
 
 Args:
@@ -325,9 +330,23 @@ Args:
     previous: the previous token's experts at the target layers, int32 [..., lookahead, n], -1: none,
         for predictors that take them.
     context: added to the trunk's output, float32 [..., predictor_size].
+    sequence: whose next tokens these are, where predictors have a context. A forward pass has as
+        many tokens at each of its layers, which rise; with several sequences in turns, give `step`.
 
 Returns the step. Raises ValueError for a wrong layer, shape or step, RuntimeError once closed, and what
 an earlier prediction or callback raised.)")
+      .def(
+          "reset", [](Runner& r, int sequence) { r.native().reset(sequence); }, "sequence"_a = 0,
+          "The sequence starts anew, and its context's memory is freed. Like trim and fork it holds for what is\n"
+          "handed in after, on the thread that calls predict_async; without contexts it does nothing.")
+      .def(
+          "trim", [](Runner& r, int sequence, int64_t tokens) { r.native().trim(sequence, tokens); }, "sequence"_a,
+          "tokens"_a,
+          "The sequence's last `tokens` tokens were taken back, as mlx-lm's trim_prompt_cache does. Up to 16 tokens\n"
+          "its context loses no others.")
+      .def(
+          "fork", [](Runner& r, int sequence, int to) { r.native().fork(sequence, to); }, "sequence"_a, "to"_a,
+          "Sequence `to` goes on from a copy of the sequence's context, whatever it was before.")
       .def("get_predictions_for_layer", &ids_of, "layer"_a, "timeout"_a = 0.0,
            nb::sig("def get_predictions_for_layer(self, layer: int, timeout: float | None = 0.0) -> list[int]"),
            R"(Expert ids of the layer's freshest prediction in the current step, best first; [] for none.
@@ -338,7 +357,7 @@ timeout: seconds to wait for the predictions under way; 0: not at all, None: for
                    "list[tuple[int, float]]"),
            "The same with each expert's logit, or for several tokens the number that want it.")
       .def("statistics", &Runner::statistics, nb::sig("def statistics(self) -> dict[str, float]"),
-           R"(Counts so far: submitted == predicted + dropped + expired + failed + waiting.
+           R"(Counts so far: submitted == predicted + observed + dropped + expired + failed + waiting.
 
 `errors` counts failed predictions and callbacks; latency_p50_us and latency_p99_us are from hidden
 state to queue.)")

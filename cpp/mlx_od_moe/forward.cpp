@@ -19,22 +19,6 @@ T* at_least(std::vector<T>& memory, size_t n) {
   return memory.data();
 }
 
-// Between tokens: rows a multiple of 4 KiB apart would share one set of the first-level cache.
-constexpr size_t kGapBytes = 64;
-
-kernels::Type kernel_type(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return kernels::kFloat32;
-    case DType::float16:
-      return kernels::kFloat16;
-    case DType::bfloat16:
-      return kernels::kBfloat16;
-    default:
-      throw std::invalid_argument("[NativePredictor] the hidden state must be float32, float16 or bfloat16");
-  }
-}
-
 // A thread's Forwards; more than one only while a helper is late with a former call's.
 struct Pool {
   std::vector<Forward*> forwards;
@@ -85,11 +69,26 @@ void zero_weak_groups(const PackedRouter& router, int num_experts, float* scores
 
 }  // namespace
 
+kernels::Type kernel_type(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return kernels::kFloat32;
+    case DType::float16:
+      return kernels::kFloat16;
+    case DType::bfloat16:
+      return kernels::kBfloat16;
+    default:
+      throw std::invalid_argument("[NativePredictor] the hidden state must be float32, float16 or bfloat16");
+  }
+}
+
 size_t PackedPredictor::weight_bytes() const {
   size_t bytes = 0;
   const auto add = [&](const PackedMatrix& m) { bytes += static_cast<size_t>(m.panels.count) * m.panels.stride; };
   add(trunk);
   add(heads);
+  add(context.query);
+  add(context.attended);
   for (const PackedRouter& router : routers) add(router.matrix);
   return bytes;
 }
@@ -115,13 +114,28 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
   restart();
   const Offer offer(alone ? nullptr : workers, *this);
   load_hidden(query, first, tokens);
+  find_context(query, first);
   open_first_stage(tokens);
   run_stage(0);
   if (predictor.config.has_mlp()) {
+    if (attends_) {
+      attend(tokens);
+      run_stage(1);
+    }
     finish_trunk(query, first, tokens);
-    run_stage(1);
+    run_stage(heads_phase());
   }
+  close();
   combine(tokens, out);
+}
+
+void Forward::find_context(const Query& query, int first) {
+  sequence_ = query.sequence;
+  attends_ = false;
+  if (sequence_ == nullptr) return;
+  source_ = sequence_->source_of(*predictor_);
+  position_ = (query.position < 0 ? sequence_->position(source_) : query.position) + first;
+  attends_ = sequence_->attends(source_, position_);  // later tokens of the batch see no more
 }
 
 void Forward::load_hidden(const Query& query, int first, int tokens) {
@@ -141,32 +155,10 @@ void Forward::load_hidden(const Query& query, int first, int tokens) {
 }
 
 void Forward::begin_stage(Stage& stage, size_t inputs, int columns, int tokens) {
-  const Packing& packing = predictor_->packing;
-  const size_t rows = inputs * static_cast<size_t>(tokens);
-  const size_t groups = rows * static_cast<size_t>(packing.groups(columns));
-  at_least(stage.prepared, rows * (packing.value_bytes(columns) + kGapBytes));
-  at_least(stage.scales, groups);
-  at_least(stage.sums, groups);
-  at_least(stage.offsets, groups);
+  stage.inputs.begin(predictor_->packing, inputs, columns, tokens);
   stage.products.clear();
   stage.blocks = 0;
   stage.width = 0;
-}
-
-kernels::Tokens Forward::prepare(Stage& stage, size_t slot, const float* x, size_t x_stride, int columns, int tokens) {
-  const Packing& packing = predictor_->packing;
-  const size_t stride = packing.value_bytes(columns) + kGapBytes;
-  const auto groups = static_cast<size_t>(packing.groups(columns));
-  const size_t first = slot * static_cast<size_t>(tokens);
-  unsigned char* values = stage.prepared.data() + first * stride;
-  float* scales = stage.scales.data() + first * groups;
-  float* sums = stage.sums.data() + first * groups;
-  int32_t* offsets = stage.offsets.data() + first * groups;
-  for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
-    packing.kernels->prepare[packing.format](x + t * x_stride, columns, packing.group, values + t * stride,
-                                             scales + t * groups, sums + t * groups, offsets + t * groups);
-  }
-  return {values, stride, scales, sums, offsets, static_cast<int>(groups), tokens};
 }
 
 void Forward::add_product(Stage& stage, const PackedMatrix& matrix, const kernels::Tokens& tokens) {
@@ -175,7 +167,7 @@ void Forward::add_product(Stage& stage, const PackedMatrix& matrix, const kernel
   stage.blocks += (matrix.panels.count + kPanelsPerBlock - 1) / kPanelsPerBlock;
 }
 
-// The trunk and the routers: all that depends on the hidden state alone.
+// The trunk, the context's query and the routers: all that depends on the hidden state alone.
 void Forward::open_first_stage(int tokens) {
   const PackedPredictor& p = *predictor_;
   const int width = p.config.hidden_size;
@@ -187,8 +179,9 @@ void Forward::open_first_stage(int tokens) {
   const bool plain = p.config.has_mlp() || std::find(p.gate_input_scale.begin(), p.gate_input_scale.end(), nullptr) !=
                                                p.gate_input_scale.end();
   kernels::Tokens unscaled{};
-  if (plain) unscaled = prepare(stage, 0, hidden_.data(), stride, columns, tokens);
+  if (plain) unscaled = stage.inputs.prepare(0, hidden_.data(), stride);
   if (p.config.has_mlp()) add_product(stage, p.trunk, unscaled);
+  if (attends_) add_product(stage, p.context.query, unscaled);
   for (int d = 0; d < p.config.lookahead; ++d) {
     if (!p.uses_gate(d)) continue;
     const float* factors = p.gate_input_scale[static_cast<size_t>(d)];
@@ -199,7 +192,7 @@ void Forward::open_first_stage(int tokens) {
         p.packing.kernels->scale(hidden_.data() + t * stride, factors, width, scaled + t * stride);
         std::fill(scaled + t * stride + width, scaled + (t + 1) * stride, 0.0f);
       }
-      input = prepare(stage, static_cast<size_t>(d) + 1, scaled, stride, columns, tokens);
+      input = stage.inputs.prepare(static_cast<size_t>(d) + 1, scaled, stride);
     }
     add_product(stage, p.routers[static_cast<size_t>(d)].matrix, input);
   }
@@ -266,6 +259,22 @@ void Forward::add_previous(const Query& query, int token, float* z) const {
   }
 }
 
+// From the queries to the input of `attended`: what each head reads.
+void Forward::attend(int tokens) {
+  const PackedPredictor& p = *predictor_;
+  const auto lookahead = static_cast<size_t>(p.config.lookahead);
+  const auto size = static_cast<size_t>(p.config.context.key_size);
+  const int columns = p.packing.columns(lookahead * size);
+  const auto stride = static_cast<size_t>(columns);
+  float* read = at_least(read_, stride * static_cast<size_t>(tokens));
+  for (int t = 0; t < tokens; ++t, read += stride) {
+    sequence_->attend(source_, position_ + t, result(0, 1, t), attention_, read);
+    std::fill(read + lookahead * size, read + stride, 0.0f);
+  }
+  begin_stage(stages_[1], 1, columns, tokens);
+  add_product(stages_[1], p.context.attended, stages_[1].inputs.prepare(0, read_.data(), stride));
+}
+
 // From the trunk's products to the heads' input.
 void Forward::finish_trunk(const Query& query, int first, int tokens) {
   const PackedPredictor& p = *predictor_;
@@ -282,11 +291,17 @@ void Forward::finish_trunk(const Query& query, int first, int tokens) {
       k.add(query.context + static_cast<size_t>(first + t) * static_cast<size_t>(width), kernels::kFloat32, width, z);
     }
     if (query.previous != nullptr && p.previous != nullptr) add_previous(query, first + t, z);
+    if (attends_) k.add(result(1, 0, t), kernels::kFloat32, width, z);
+    if (sequence_ != nullptr) {
+      const float* vector = sequence_->previous_state(source_, position_ + t);
+      if (vector != nullptr) k.add(vector, kernels::kFloat32, width, z);
+    }
     if (p.config.layer_norm) k.layer_norm(z, width, p.norm_weight, p.norm_bias, kLayerNormEpsilon);
     (p.config.activation == Activation::silu ? k.silu : k.relu)(z, width);
   }
-  begin_stage(stages_[1], 1, columns, tokens);
-  add_product(stages_[1], p.heads, prepare(stages_[1], 0, inner_.data(), stride, columns, tokens));
+  Stage& stage = stages_[heads_phase()];
+  begin_stage(stage, 1, columns, tokens);
+  add_product(stage, p.heads, stage.inputs.prepare(0, inner_.data(), stride));
 }
 
 // What Python's Router.scores makes of the logits.
@@ -307,10 +322,10 @@ void Forward::combine(int tokens, float* out) {
   const auto n = static_cast<size_t>(p.config.num_experts);
   float* scores = at_least(scores_, n);
   for (int t = 0; t < tokens; ++t) {
-    size_t product = p.config.has_mlp() ? 1 : 0;
+    size_t product = (p.config.has_mlp() ? 1 : 0) + (attends_ ? 1 : 0);
     for (int d = 0; d < p.config.lookahead; ++d, out += n) {
       if (p.uses_mlp(d)) {
-        std::memcpy(out, result(1, 0, t) + static_cast<size_t>(d) * n, n * sizeof(float));
+        std::memcpy(out, result(heads_phase(), 0, t) + static_cast<size_t>(d) * n, n * sizeof(float));
         if (p.heads_bias != nullptr) {
           p.packing.kernels->add(p.heads_bias + static_cast<size_t>(d) * n, kernels::kFloat32, p.config.num_experts,
                                  out);

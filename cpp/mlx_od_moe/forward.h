@@ -10,14 +10,18 @@
 #include <string>
 #include <vector>
 
+#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/packed_matrix.h"
 #include "mlx_od_moe/predictor.h"
+#include "mlx_od_moe/sequence_context.h"
 #include "mlx_od_moe/workers.h"
 
 namespace mlx_od_moe {
 
 constexpr int kMaxTokens = 64;      // of one pass over the weights
 constexpr int kPanelsPerBlock = 4;  // what a thread claims at once: 64 rows
+
+kernels::Type kernel_type(DType dtype);  // throws where no state is of that type
 
 struct PackedRouter {
   PackedMatrix matrix;
@@ -26,6 +30,20 @@ struct PackedRouter {
   Scoring scoring = Scoring::softmax;
   int n_group = 1;
   int topk_group = 1;
+};
+
+struct PackedMemory {
+  int layer = 0;
+  PackedMatrix encode;
+};
+
+// Without memories nothing is packed.
+struct PackedContext {
+  PackedMatrix query;
+  PackedMatrix attended;
+  PackedMatrix previous_state;
+  const float* position_bias = nullptr;  // [lookahead, window + 1]
+  std::vector<PackedMemory> memories;    // per distance; their matrices are shared between predictors
 };
 
 struct PackedPredictor {
@@ -42,6 +60,7 @@ struct PackedPredictor {
   std::vector<float> gate_scale;               // per distance
   std::vector<const float*> gate_input_scale;  // per distance [hidden_size]; null where all ones
   std::vector<PackedRouter> routers;           // per distance; unused ones are empty
+  PackedContext context;
 
   bool uses_mlp(int d) const { return config.terms[static_cast<size_t>(d)] != Term::gate; }
   bool uses_gate(int d) const { return config.terms[static_cast<size_t>(d)] != Term::mlp; }
@@ -76,19 +95,19 @@ class Forward : public SharedWork {
     int blocks = 0;
     int width = 0;             // floats per token of the results
     std::vector<float> lanes;  // [lanes][tokens][width]
-    std::vector<unsigned char> prepared;
-    std::vector<float> scales, sums;
-    std::vector<int32_t> offsets;
+    Activations inputs;
   };
 
   void begin_stage(Stage& stage, size_t inputs, int columns, int tokens);
-  kernels::Tokens prepare(Stage& stage, size_t slot, const float* x, size_t x_stride, int columns, int tokens);
   static void add_product(Stage& stage, const PackedMatrix& matrix, const kernels::Tokens& tokens);
   void run_stage(int phase);
+  int heads_phase() const { return attends_ ? 2 : 1; }
   const float* result(int phase, size_t product, int token) const;
 
   void load_hidden(const Query& query, int first, int tokens);
+  void find_context(const Query& query, int first);
   void open_first_stage(int tokens);
+  void attend(int tokens);
   void finish_trunk(const Query& query, int first, int tokens);
   void add_previous(const Query& query, int token, float* z) const;
   void finish_scores(const float* router_logits, int d, float* scores) const;
@@ -97,9 +116,15 @@ class Forward : public SharedWork {
   const PackedPredictor* predictor_ = nullptr;
   int tokens_ = 0;
   int lanes_ = 1;
+  // The sequence's context, if any, and where the first of these tokens stands in it.
+  const SequenceContext* sequence_ = nullptr;
+  size_t source_ = 0;
+  int64_t position_ = 0;
+  bool attends_ = false;  // some earlier token can be seen
   Stage stages_[kPhases];
-  std::vector<float> hidden_, scaled_, inner_, scores_, logits_;
+  std::vector<float> hidden_, scaled_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;
+  AttentionScratch attention_;
 };
 
 }  // namespace mlx_od_moe

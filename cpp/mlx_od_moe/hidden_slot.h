@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "mlx_od_moe/predictor.h"
+#include "mlx_od_moe/runner_layers.h"
 #include "mlx_od_moe/shadow_runner.h"
 
 namespace mlx_od_moe {
@@ -21,21 +22,30 @@ struct HiddenSlot {
   uint64_t step = 0;
   int64_t submitted_ns = 0;
   size_t layer = 0;  // among the MoE layers
-  Query query;       // points into the buffers below
+  SequencePlace place;
+  Query query;  // points into the buffers below
   std::unique_ptr<PendingBytes> pending;
 
   void reserve(const PredictorConfig& config) { hidden_.reserve(static_cast<size_t>(config.hidden_size) * 4); }
 
-  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, const PredictorConfig& config) {
+  // Without a predictor only the state is kept.
+  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, const RunnerLayer& of) {
     const auto tokens = static_cast<size_t>(given.tokens);
     query = given;
+    query.sequence = nullptr;
     pending = std::move(bytes);
     if (!pending) {
       const size_t element = given.dtype == DType::float32 ? 4 : 2;
       const auto* from = static_cast<const std::byte*>(given.hidden);
-      hidden_.assign(from, from + tokens * static_cast<size_t>(config.hidden_size) * element);
+      hidden_.assign(from, from + tokens * static_cast<size_t>(of.hidden_size) * element);
       query.hidden = hidden_.data();
     }
+    if (!of.predictor) {
+      query.previous = nullptr;
+      query.context = nullptr;
+      return;
+    }
+    const PredictorConfig& config = of.predictor->config();
     if (given.previous != nullptr) {
       const size_t row = static_cast<size_t>(config.lookahead) * static_cast<size_t>(given.num_previous);
       previous_.assign(given.previous, given.previous + tokens * row);

@@ -196,6 +196,34 @@ size_t Packing::value_bytes(int padded_columns) const {
   return static_cast<size_t>(padded_columns) * static_cast<size_t>(kernels->value_bytes[format]);
 }
 
+void Activations::begin(const Packing& packing, size_t inputs, int columns, int tokens) {
+  const auto reserve = [](auto& memory, size_t n) { memory.resize(std::max(memory.size(), n)); };
+  packing_ = packing;
+  columns_ = columns;
+  tokens_ = tokens;
+  const size_t rows = inputs * static_cast<size_t>(tokens);
+  const size_t groups = rows * static_cast<size_t>(packing.groups(columns));
+  reserve(values_, rows * (packing.value_bytes(columns) + kGapBytes));
+  reserve(scales_, groups);
+  reserve(sums_, groups);
+  reserve(offsets_, groups);
+}
+
+kernels::Tokens Activations::prepare(size_t input, const float* x, size_t x_stride) {
+  const size_t stride = packing_.value_bytes(columns_) + kGapBytes;
+  const auto groups = static_cast<size_t>(packing_.groups(columns_));
+  const size_t first = input * static_cast<size_t>(tokens_);
+  unsigned char* values = values_.data() + first * stride;
+  float* scales = scales_.data() + first * groups;
+  float* sums = sums_.data() + first * groups;
+  int32_t* offsets = offsets_.data() + first * groups;
+  for (size_t t = 0; t < static_cast<size_t>(tokens_); ++t) {
+    packing_.kernels->prepare[packing_.format](x + t * x_stride, columns_, packing_.group, values + t * stride,
+                                               scales + t * groups, sums + t * groups, offsets + t * groups);
+  }
+  return {values, stride, scales, sums, offsets, static_cast<int>(groups), tokens_};
+}
+
 void check_vector(const Tensor& tensor, size_t n, const std::string& name) {
   if (!tensor) throw std::invalid_argument("[NativePredictor] " + name + " is missing");
   if (tensor.dtype == DType::uint32) throw std::invalid_argument("[NativePredictor] " + name + " must be floats");

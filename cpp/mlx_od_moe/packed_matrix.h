@@ -7,13 +7,19 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "mlx_od_moe/arena.h"
 #include "mlx_od_moe/kernels/kernels.h"
 #include "mlx_od_moe/weights.h"
 
 namespace mlx_od_moe {
+
+// Between the rows of several tokens: a multiple of 4 KiB apart they would share one set of the
+// first-level cache.
+constexpr size_t kGapBytes = 64;
 
 // How matrices are packed: the format, the group of int4, and for which kernels.
 struct Packing {
@@ -34,6 +40,23 @@ struct PackedMatrix {
   int columns = 0;  // not padded
 
   int padded_rows() const { return panels.count * kernels::kPanelRows; }
+};
+
+// Inputs of products in the form that the kernels read; the memory stays from use to use.
+class Activations {
+ public:
+  // Room for so many inputs of so many tokens and columns (padded).
+  void begin(const Packing& packing, size_t inputs, int columns, int tokens);
+  // Input number `input`: rows x[tokens, columns], x_stride floats apart, padded with zeros.
+  kernels::Tokens prepare(size_t input, const float* x, size_t x_stride);
+
+ private:
+  Packing packing_{};
+  int columns_ = 0;
+  int tokens_ = 0;
+  std::vector<unsigned char> values_;
+  std::vector<float> scales_, sums_;
+  std::vector<int32_t> offsets_;
 };
 
 // Checks shapes and types; `name` is for the error.

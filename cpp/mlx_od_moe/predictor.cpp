@@ -36,6 +36,28 @@ void check_router(const Router& router, const PredictorConfig& config, const std
   }
 }
 
+void check_context(const ContextWeights& w, const PredictorConfig& config) {
+  const ContextConfig& c = config.context;
+  const size_t lookahead = size(config.lookahead);
+  if (!config.has_context() || w.memories.size() != lookahead) {
+    throw std::invalid_argument("[NativePredictor] a context needs the memories of " + std::to_string(lookahead) +
+                                " targets, got " + std::to_string(w.memories.size()));
+  }
+  if (c.window > 0) {
+    check_linear(w.query, lookahead * size(c.key_size), size(config.hidden_size), "context.query");
+    check_linear(w.attended, size(config.predictor_size), lookahead * size(c.key_size), "context.attended");
+    check_vector(w.position_bias, lookahead * size(c.window + 1), "context.position_bias");
+  }
+  if (c.state_size > 0) {
+    const size_t columns = lookahead * size(c.state_size);
+    check_linear(w.previous_state, size(config.predictor_size), columns, "context.previous_state");
+  }
+  for (const TokenMemory* memory : w.memories) {
+    check_linear(memory->encode, size(c.memory_size()), size(config.hidden_size),
+                 "memories." + std::to_string(memory->layer) + ".encode");
+  }
+}
+
 void check(const PredictorWeights& w) {
   const PredictorConfig& c = w.config;
   c.check();
@@ -58,6 +80,7 @@ void check(const PredictorWeights& w) {
     }
     for (size_t d = 0; d < w.routers.size(); ++d) check_router(*w.routers[d], c, "routers." + std::to_string(d));
   }
+  if (!w.context.memories.empty()) check_context(w.context, c);
 }
 
 // Packs predictors into one arena: once to count the bytes, once to write them.
@@ -74,6 +97,7 @@ class Packer {
     packed.packing = packing_;
     if (w.config.has_mlp()) pack_mlp(w, packed);
     if (w.config.has_gate()) pack_gate(w, packed);
+    if (!w.context.memories.empty()) pack_context(w, packed.context);
     return packed;
   }
 
@@ -127,6 +151,20 @@ class Packer {
     packed.previous = to;
   }
 
+  void pack_context(const PredictorWeights& w, PackedContext& packed) {
+    if (w.config.context.window > 0) {
+      packed.query = matrix(w.context.query);
+      packed.attended = matrix(w.context.attended);
+      packed.position_bias = vector(w.context.position_bias);
+    }
+    if (w.config.context.state_size > 0) packed.previous_state = matrix(w.context.previous_state);
+    for (const TokenMemory* memory : w.context.memories) {
+      const auto [found, added] = memories_.try_emplace(memory);
+      if (added) found->second = {memory->layer, matrix(memory->encode)};
+      packed.memories.push_back(found->second);
+    }
+  }
+
   void pack_gate(const PredictorWeights& w, PackedPredictor& packed) {
     const size_t width = size(w.config.hidden_size);
     const float* scales = vector(w.gate_input_scale);
@@ -158,6 +196,7 @@ class Packer {
   Arena* arena_;
   size_t bytes_ = 0;
   std::map<const Router*, PackedRouter> routers_;
+  std::map<const TokenMemory*, PackedMemory> memories_;
 };
 
 }  // namespace
@@ -265,6 +304,13 @@ void Predictor::predict(const Query& query, int k, int32_t* ids) const {
   }
 }
 
+std::vector<int> Predictor::memory_layers() const {
+  std::vector<int> layers;
+  for (const PackedMemory& memory : layer_->packed.context.memories) layers.push_back(memory.layer);
+  return layers;
+}
+
+const PackedPredictor& Predictor::packed() const { return layer_->packed; }
 const PredictorConfig& Predictor::config() const { return layer_->packed.config; }
 const PredictorOptions& Predictor::options() const { return layer_->options; }
 const char* Predictor::kernel() const { return layer_->packed.packing.kernels->name; }

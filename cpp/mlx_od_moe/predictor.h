@@ -2,7 +2,8 @@
 //
 // Per distance d = 1 ... lookahead, as Python's ExpertPredictor defines it:
 //   logits[d] = heads[d](act(norm(trunk(x) + previous(e) + context))) + gate_scale[d] * router[d](x * s[d])
-// with each part present where the configuration asks for it. Then the k best ids of each distance,
+// with each part present where the configuration asks for it; context is what a SequenceContext gives for
+// earlier tokens, or the caller's own vector. Then the k best ids of each distance,
 // best first; of equal scores the lower id first.
 //
 // Threads    Immutable once made: any number of threads may call `logits` and `predict` at once. A call
@@ -27,6 +28,9 @@
 
 namespace mlx_od_moe {
 
+class SequenceContext;
+struct PackedPredictor;
+
 enum class Format { f32, f16, bf16, int8, int4 };
 
 // "f32" ... "int4"; throws std::invalid_argument naming the formats.
@@ -47,8 +51,13 @@ struct Query {
   // The previous token's experts at the target layers, [tokens, lookahead, num_previous]; -1: none.
   const int32_t* previous = nullptr;
   int num_previous = 0;
-  // Added to the trunk's output, [tokens, predictor_size]: what was computed off the critical path.
+  // Added to the trunk's output, [tokens, predictor_size].
   const float* context = nullptr;
+  // What the tokens before this query's left, for predictors of bundles with a context; null: nothing. It
+  // must not change while the call lasts. `position`: of the first token; -1: where the nearest target's
+  // memory ends, as in decoding.
+  const SequenceContext* sequence = nullptr;
+  int64_t position = -1;
 };
 
 class MLX_OD_MOE_API Predictor {
@@ -67,7 +76,9 @@ class MLX_OD_MOE_API Predictor {
 
   const PredictorConfig& config() const;
   const PredictorOptions& options() const;
-  const char* kernel() const;  // "amx", "avx512", "avx2", "neon" or "scalar"
+  const char* kernel() const;              // "amx", "avx512", "avx2", "neon" or "scalar"
+  std::vector<int> memory_layers() const;  // that its context reads, nearest first; none without a context
+  const PackedPredictor& packed() const;
   bool shares_weights_with(const Predictor& other) const { return layer_ == other.layer_; }
   size_t weight_bytes() const;  // read by one forward
 

@@ -29,6 +29,15 @@ void check_kind(const Metadata& metadata, const std::string& kind) {
   }
 }
 
+// Null, or not there in files from before there was one: none.
+ContextConfig read_context(const Json& config) {
+  const auto found = config.object().find("context");
+  if (found == config.object().end() || found->second.is_null()) return {};
+  const Json& json = found->second;
+  return {json.at("window").small_integer(), json.at("key_size").small_integer(),
+          json.at("state_size").small_integer()};
+}
+
 PredictorConfig read_config(const Json& json) {
   PredictorConfig config;
   config.hidden_size = json.at("hidden_size").small_integer();
@@ -39,6 +48,7 @@ PredictorConfig read_config(const Json& json) {
   config.activation = parse_activation(json.at("activation").string());
   config.layer_norm = json.at("layer_norm").boolean();
   config.previous_experts = json.at("previous_experts").boolean();
+  config.context = read_context(json);
   for (const Json& term : json.at("terms").array()) config.terms.push_back(parse_term(term.string()));
   config.check();
   return config;
@@ -129,6 +139,14 @@ PredictorBundle PredictorBundle::make(const Tensors& tensors, const Metadata& me
       routers[layer_index(target)] = read_router(tensors, "routers." + target + ".", json, quantization);
     }
 
+    std::map<int, TokenMemory> memories;
+    if (const auto listed = metadata.find("memories"); listed != metadata.end()) {
+      const Json json = Json::parse(listed->second);
+      for (const Json& layer : json.array()) {
+        memories[layer.small_integer()] = find_memory(tensors, layer.small_integer(), quantization);
+      }
+    }
+
     std::vector<int> layers;
     std::vector<PredictorWeights> weights;
     const Json layers_json = Json::parse(entry(metadata, "layers"));
@@ -144,6 +162,11 @@ PredictorBundle PredictorBundle::make(const Tensors& tensors, const Metadata& me
         const auto router = routers.find(at[d]);
         if (router == routers.end()) throw std::invalid_argument("no router of layer " + std::to_string(at[d]));
         w.routers.push_back(&router->second);
+      }
+      for (int d = 1; d <= w.config.lookahead && w.config.has_context(); ++d) {
+        const auto memory = memories.find(at[d]);
+        if (memory == memories.end()) throw std::invalid_argument("no memory of layer " + std::to_string(at[d]));
+        w.context.memories.push_back(&memory->second);
       }
       layers.push_back(layer);
       weights.push_back(std::move(w));

@@ -2,7 +2,9 @@
 //
 // What a forward pass does per MoE layer: predict_async, which returns at once, and for the layers ahead
 // get_predictions, or a consumer of `queue`, or the callback. One forward pass of the model is a step;
-// predictions of any other step are never handed out.
+// predictions of any other step are never handed out. Where predictors have a context (sequence_context.h),
+// each state is also observed for later tokens, once its own prediction is out; one that was dropped leaves
+// a gap there.
 //
 // Threads    predict_async: one thread at a time. All else: any thread. The runner owns one thread (and
 //            its predictors' helpers), which alone waits for hidden states, predicts, and calls back. A
@@ -58,13 +60,14 @@ class PendingBytes {
   virtual const void* wait() = 0;
 };
 
-// All counts since construction. submitted == predicted + dropped + expired + failed + waiting.
+// All counts since construction. submitted == predicted + observed + dropped + expired + failed + waiting.
 struct RunnerStatistics {
   uint64_t submitted = 0;
   uint64_t predicted = 0;
-  uint64_t dropped = 0;  // for want of room, or left at close()
-  uint64_t expired = 0;  // their step was over before they were predicted
-  uint64_t failed = 0;   // see Errors
+  uint64_t observed = 0;  // at layers without a predictor: only for the context of later tokens
+  uint64_t dropped = 0;   // for want of room, or left at close()
+  uint64_t expired = 0;   // their step was over before they were predicted
+  uint64_t failed = 0;    // see Errors
   uint64_t waiting = 0;
   uint64_t errors = 0;         // of predictions and callbacks; the first 100 that wait are thrown
   int64_t latency_p50_ns = 0;  // within 1/8
@@ -86,8 +89,17 @@ class MLX_OD_MOE_API ShadowRunner {
 
   // Returns the step: `step`, or without one the current step, or the next where this layer does not
   // come after the last one submitted. Steps never go back. `bytes` takes the place of query.hidden.
+  // Where predictors have a context, the tokens are the next ones of `sequence`: a forward pass has as many
+  // at each of its layers, which rise. With several sequences in turns, give the step.
   uint64_t predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes = nullptr,
-                         std::optional<uint64_t> step = std::nullopt);
+                         std::optional<uint64_t> step = std::nullopt, int sequence = 0);
+
+  // What became of a sequence's prompt cache, for all that is handed in after; like predict_async one thread
+  // at a time. Without contexts they do nothing. reset frees the sequence's memory, trim forgets its last
+  // `tokens` tokens (see SequenceContext::trim), fork makes `to` a copy of it.
+  void reset(int sequence = 0);
+  void trim(int sequence, int64_t tokens);
+  void fork(int sequence, int to);
 
   // The layer's freshest experts of the current step, best first; empty where there are none. With a
   // deadline it waits until no submission for the layer is under way; `*settled` tells whether.
@@ -96,6 +108,7 @@ class MLX_OD_MOE_API ShadowRunner {
 
   // The layer's predictor, null where it has none. Throws std::invalid_argument for no MoE layer.
   const Predictor* predictor(int layer) const;
+  int hidden_size(int layer) const;  // of the layer's states; 0 where they are not read
   const std::vector<int>& moe_layers() const;
   const std::shared_ptr<PredictionQueue>& queue() const;
   uint64_t step() const;

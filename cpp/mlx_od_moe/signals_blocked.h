@@ -3,6 +3,7 @@
 // Threads    Each instance belongs to the thread that made it.
 #pragma once
 
+#include <pthread.h>
 #include <signal.h>
 
 namespace mlx_od_moe {

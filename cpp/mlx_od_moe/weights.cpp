@@ -11,6 +11,13 @@ namespace {
                               "'");
 }
 
+void check_range(const char* place, const char* name, int value, int lowest, int highest) {
+  if (value < lowest || value > highest) {
+    throw std::invalid_argument("[" + std::string(place) + "] " + name + " must be " + std::to_string(lowest) +
+                                " ... " + std::to_string(highest) + ", got " + std::to_string(value));
+  }
+}
+
 Tensor find(const Tensors& tensors, const std::string& name) {
   const auto found = tensors.find(name);
   return found == tensors.end() ? Tensor{} : found->second;
@@ -61,6 +68,10 @@ PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefi
   weights.previous = find_linear(tensors, prefix + "previous", quantization);
   weights.gate_scale = find(tensors, prefix + "gate_scale");
   weights.gate_input_scale = find(tensors, prefix + "gate_input_scale");
+  weights.context.query = find_linear(tensors, prefix + "context.query", quantization);
+  weights.context.attended = find_linear(tensors, prefix + "context.attended", quantization);
+  weights.context.previous_state = find_linear(tensors, prefix + "context.previous_state", quantization);
+  weights.context.position_bias = find(tensors, prefix + "context.position_bias");
   return weights;
 }
 
@@ -71,6 +82,10 @@ Router find_router(const Tensors& tensors, const std::string& prefix, const Quan
   return router;
 }
 
+TokenMemory find_memory(const Tensors& tensors, int layer, const Quantization& quantization) {
+  return {layer, find_linear(tensors, "memories." + std::to_string(layer) + ".encode", quantization)};
+}
+
 bool PredictorConfig::has_mlp() const {
   return terms.empty() || std::any_of(terms.begin(), terms.end(), [](Term t) { return t != Term::gate; });
 }
@@ -79,19 +94,24 @@ bool PredictorConfig::has_gate() const {
   return std::any_of(terms.begin(), terms.end(), [](Term t) { return t != Term::mlp; });
 }
 
+void ContextConfig::check() const {
+  check_range("ContextConfig", "window", window, 0, 1 << 16);
+  check_range("ContextConfig", "key_size", key_size, 0, 1 << 16);
+  check_range("ContextConfig", "state_size", state_size, 0, 1 << 16);
+  if ((window == 0) != (key_size == 0)) {
+    throw std::invalid_argument("[ContextConfig] window and key_size are both 0 or neither, got " +
+                                std::to_string(window) + " and " + std::to_string(key_size));
+  }
+}
+
 void PredictorConfig::check() const {
-  const auto check_range = [](const char* name, int value, int highest) {
-    if (value < 1 || value > highest) {
-      throw std::invalid_argument("[PredictorConfig] " + std::string(name) + " must be 1 ... " +
-                                  std::to_string(highest) + ", got " + std::to_string(value));
-    }
-  };
   // Far beyond any model, and small enough that no product of two overflows.
-  check_range("hidden_size", hidden_size, 1 << 20);
-  check_range("predictor_size", predictor_size, 1 << 20);
-  check_range("num_experts", num_experts, 1 << 16);
-  check_range("lookahead", lookahead, 1 << 8);
-  check_range("top_k", top_k, num_experts);
+  check_range("PredictorConfig", "hidden_size", hidden_size, 1, 1 << 20);
+  check_range("PredictorConfig", "predictor_size", predictor_size, 1, 1 << 20);
+  check_range("PredictorConfig", "num_experts", num_experts, 1, 1 << 16);
+  check_range("PredictorConfig", "lookahead", lookahead, 1, 1 << 8);
+  check_range("PredictorConfig", "top_k", top_k, 1, num_experts);
+  context.check();
   if (!terms.empty() && terms.size() != static_cast<size_t>(lookahead)) {
     throw std::invalid_argument("[PredictorConfig] terms needs one entry for each of " + std::to_string(lookahead) +
                                 " distances, got " + std::to_string(terms.size()));

@@ -58,6 +58,18 @@ struct Router {
   int topk_group = 1;
 };
 
+// The same options as Python's ContextConfig; all 0: no context.
+struct MLX_OD_MOE_API ContextConfig {
+  int window = 0;      // earlier tokens that attention sees
+  int key_size = 0;    // width of a token's key and of its value
+  int state_size = 0;  // width of the previous token's encoded state
+
+  bool operator==(const ContextConfig&) const = default;
+  explicit operator bool() const { return window > 0 || state_size > 0; }
+  int memory_size() const { return 2 * key_size + state_size; }  // numbers that a token leaves at a layer
+  void check() const;                                            // throws std::invalid_argument
+};
+
 // The same options as Python's PredictorConfig.
 struct MLX_OD_MOE_API PredictorConfig {
   int hidden_size = 4096;
@@ -69,10 +81,28 @@ struct MLX_OD_MOE_API PredictorConfig {
   bool layer_norm = false;
   std::vector<Term> terms;  // one per distance; empty: all mlp
   bool previous_experts = false;
+  ContextConfig context;
 
   bool has_mlp() const;
+  bool has_context() const { return has_mlp() && context; }
   bool has_gate() const;
   void check() const;  // throws std::invalid_argument
+};
+
+// What a token leaves at one MoE layer: encode [2 * key_size + state_size, hidden_size] times its state.
+struct TokenMemory {
+  int layer = 0;
+  Linear encode;
+};
+
+// How a predictor reads the memories of its targets.
+struct ContextWeights {
+  Linear query;           // [lookahead * key_size, hidden_size]
+  Linear attended;        // [predictor_size, lookahead * key_size]
+  Linear previous_state;  // [predictor_size, lookahead * state_size]
+  Tensor position_bias;   // [lookahead, window + 1]
+  // Per distance, shared between predictors. None: its caller brings the context's vectors.
+  std::vector<const TokenMemory*> memories;
 };
 
 struct PredictorWeights {
@@ -85,6 +115,7 @@ struct PredictorWeights {
   Tensor gate_scale;
   Tensor gate_input_scale;
   std::vector<const Router*> routers;  // per distance, or none; may be shared between predictors
+  ContextWeights context;
 };
 
 // Tensors by name. A matrix is quantised where `NAME.scales` is there; then as `quantization` says.
@@ -98,5 +129,6 @@ struct Quantization {
 MLX_OD_MOE_API PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefix,
                                                const PredictorConfig& config, const Quantization& quantization);
 MLX_OD_MOE_API Router find_router(const Tensors& tensors, const std::string& prefix, const Quantization& quantization);
+MLX_OD_MOE_API TokenMemory find_memory(const Tensors& tensors, int layer, const Quantization& quantization);
 
 }  // namespace mlx_od_moe

@@ -31,7 +31,7 @@ namespace mlx_od_moe {
 
 class SharedWork {
  public:
-  static constexpr int kPhases = 2;
+  static constexpr int kPhases = 3;  // at most
   static constexpr int kMaxLanes = 64;
 
   virtual ~SharedWork() = default;

@@ -29,7 +29,13 @@ except ImportError as error:
         f"NVIDIA GPU). The cause: {error}"
     ) from error
 
-from ._ext import NativePredictor, Prediction, PredictionQueue, is_available  # noqa: E402
+from ._ext import (  # noqa: E402
+    NativePredictor,
+    Prediction,
+    PredictionQueue,
+    SequenceContext,
+    is_available,
+)
 from .expert_file import ExpertFile  # noqa: E402
 from .expert_store import ExpertStore  # noqa: E402
 from .offload import Runtime, load  # noqa: E402
@@ -51,6 +57,7 @@ __all__ = [
     "PredictorBundle",
     "PredictorConfig",
     "Runtime",
+    "SequenceContext",
     "ShadowRunner",
     "is_available",
     "load",

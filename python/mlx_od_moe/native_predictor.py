@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ._ext import NativePredictor, PredictorOp, load_bundle, pack_bundle
+from ._ext import NativePredictor, PredictorOp, SequenceContext, load_bundle, pack_bundle
 from .predictor_file import named
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "FORMATS",
     "NativePredictor",
     "PredictorOp",
+    "SequenceContext",
     "load_bundle",
     "make_native",
     "make_native_bundle",

@@ -296,6 +296,7 @@ const KernelSet kAvx2 = {
     relu,
     sigmoid,
     top_k,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

@@ -230,6 +230,7 @@ const KernelSet kAvx512 = {
     relu,
     sigmoid,
     top_k,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

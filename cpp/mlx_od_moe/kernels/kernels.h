@@ -77,6 +77,9 @@ struct KernelSet {
   // Ids of the k largest of scores[n], best first, of equals the lower id first. NaN counts as the
   // lowest. 1 <= k <= 32, k <= n. `candidates` is scratch for n ids.
   void (*top_k)(const float* scores, int n, int k, int32_t* candidates, int32_t* ids);
+  // Softmax of x[n] and of one more score, `nothing`, whose share goes to none; in place. Scores of -1e9 and
+  // less get a share below 1e-37 of the largest.
+  void (*softmax)(float* x, int n, float nothing);
 };
 
 extern const KernelSet kScalar;

@@ -144,6 +144,7 @@ const KernelSet kNeon = {
     relu,
     sigmoid,
     top_k,
+    softmax,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

@@ -122,6 +122,7 @@ const KernelSet kScalar = {
     relu,
     sigmoid,
     top_k,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import predictor, queue, runtime
+from . import context, predictor, queue, runtime
 from .timing import machine
 
 AddFlags = Callable[[Callable[..., Any]], None]
@@ -28,6 +28,11 @@ BENCHES: dict[str, tuple[AddFlags, RunBench, str]] = {
         runtime.add_flags,
         runtime.run,
         "a model decoding: in memory, from the store, with prefetch and with an oracle",
+    ),
+    "context": (
+        context.add_flags,
+        context.run,
+        "what a context costs a native prediction, and what it costs beside the critical path",
     ),
     "queue": (queue.add_flags, queue.run, "the prediction queue beside Python's own queues"),
 }
