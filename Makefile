@@ -33,7 +33,8 @@ format: $(VENV)/test.stamp
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 sanitize: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests/test_cpp.py tests/test_prediction_queue.py tests/test_thread_sanitizer.py \
+	$(BIN)/python -m pytest tests/test_cpp.py tests/test_prediction_queue.py tests/test_expert_store.py \
+	  tests/test_thread_sanitizer.py \
 	  -k 'sanitizer or cpp-address or cpp-thread' -v
 
 bench: $(VENV)/test.stamp

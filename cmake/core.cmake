@@ -6,22 +6,30 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
   cpp/mlx_od_moe/context_memory.cpp
   cpp/mlx_od_moe/crc32c.cpp
+  cpp/mlx_od_moe/eviction.cpp
   cpp/mlx_od_moe/expert_checkpoint.cpp
   cpp/mlx_od_moe/expert_file.cpp
   cpp/mlx_od_moe/expert_manifest.cpp
   cpp/mlx_od_moe/expert_ranking.cpp
+  cpp/mlx_od_moe/expert_reader.cpp
+  cpp/mlx_od_moe/expert_slots.cpp
+  cpp/mlx_od_moe/expert_store.cpp
   cpp/mlx_od_moe/forward.cpp
   cpp/mlx_od_moe/json.cpp
   cpp/mlx_od_moe/open_file.cpp
   cpp/mlx_od_moe/packed_matrix.cpp
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/predictor_file.cpp
+  cpp/mlx_od_moe/prefetch_policy.cpp
   cpp/mlx_od_moe/read_probe.cpp
+  cpp/mlx_od_moe/request_schedule.cpp
+  cpp/mlx_od_moe/resident_experts.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/sequence_context.cpp
   cpp/mlx_od_moe/sequence_table.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
+  cpp/mlx_od_moe/simulator.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)

@@ -12,6 +12,8 @@ install(FILES
   cpp/mlx_od_moe/prediction_table.h cpp/mlx_od_moe/ring.h cpp/mlx_od_moe/shadow_runner.h
   cpp/mlx_od_moe/expert_checkpoint.h cpp/mlx_od_moe/expert_file.h cpp/mlx_od_moe/expert_layout.h
   cpp/mlx_od_moe/open_file.h cpp/mlx_od_moe/safetensors_header.h
+  cpp/mlx_od_moe/disk_limiter.h cpp/mlx_od_moe/expert_reader.h cpp/mlx_od_moe/expert_slots.h
+  cpp/mlx_od_moe/expert_store.h cpp/mlx_od_moe/store_counters.h
   DESTINATION mlx_od_moe/include/mlx_od_moe)
 install(EXPORT mlx_od_moe_targets NAMESPACE mlx_od_moe:: FILE mlx_od_moeTargets.cmake DESTINATION ${package})
 

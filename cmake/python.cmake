@@ -25,7 +25,7 @@ install(EXPORT mlx_od_moe_mlx_targets NAMESPACE mlx_od_moe:: FILE mlx_od_moeMlxT
 # still shares mx.array with MLX's own extension (STABLE_ABI alone gets a different ABI tag).
 nanobind_add_module(_ext BACKEND_MODULE nanobind_backend NOMINSIZE NB_DOMAIN mlx
   cpp/bindings.cpp cpp/bindings_bench.cpp cpp/bindings_context.cpp cpp/bindings_expert_file.cpp
-  cpp/bindings_queue.cpp cpp/bindings_runner.cpp)
+  cpp/bindings_expert_store.cpp cpp/bindings_queue.cpp cpp/bindings_runner.cpp cpp/bindings_simulator.cpp)
 target_include_directories(_ext PRIVATE cpp)
 # Their headers do not pass our warnings: named as system headers they need not.
 target_include_directories(_ext SYSTEM PRIVATE

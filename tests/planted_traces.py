@@ -7,6 +7,7 @@ import numpy as np
 
 from mlx_od_moe.model_routers import LayerRouter, save_routers
 from mlx_od_moe.router import Router, RouterConfig
+from mlx_od_moe.training import FitOptions, TrainingOptions, train_shadow_model
 from mlx_od_moe.training.traces import (
     PREFILL,
     ShardRows,
@@ -84,3 +85,13 @@ def routers_of(weights: dict[int, np.ndarray]) -> dict[int, LayerRouter]:
         router.linear.weight = mx.array(weight)
         found[layer] = LayerRouter(router, None)
     return found
+
+
+def plant_predictor(directory: Path) -> tuple[Path, Path]:
+    """Traces, and the file of a small predictor that was trained on them."""
+    traces, predictor = plant(directory / "traces").path, directory / "predictor.safetensors"
+    options = TrainingOptions(
+        predictor_size=24, candidates=("mlp+gate",), fit=FitOptions(epochs=5, learning_rate=5e-3)
+    )
+    train_shadow_model(traces, predictor, options, progress=False)
+    return traces, predictor

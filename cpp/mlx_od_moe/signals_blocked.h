@@ -1,14 +1,13 @@
-// Threads that are made while it lives get no signals: those are for the thread that the program expects
-// them on, Python's main thread, say.
+// Starts threads that no signal is delivered to.
 //
-// Threads    The calling thread's mask; restored at the end.
+// Threads    Each instance belongs to the thread that made it.
 #pragma once
 
-#include <pthread.h>
 #include <signal.h>
 
 namespace mlx_od_moe {
 
+// A signal is for the thread that the program expects it on: Python's main thread, say.
 class SignalsBlocked {
  public:
   SignalsBlocked() {

@@ -37,6 +37,7 @@ from ._ext import (  # noqa: E402
     is_available,
 )
 from .expert_file import ExpertFile  # noqa: E402
+from .expert_store import ExpertStore  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
 from .shadow_runner import ShadowRunner  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "INSTALL_DIR",
     "ExpertFile",
     "ExpertPredictor",
+    "ExpertStore",
     "NativePredictor",
     "Prediction",
     "PredictionQueue",

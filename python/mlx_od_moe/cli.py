@@ -53,12 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cmake-dir", action="store_true", help="print where the CMake package lies, for C++"
     )
+    from . import simulate_command
+
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, add, run, text in (
         ("collect", _collect_flags, _collect, "record a model's hidden states and expert choices"),
         ("train", _train_flags, _train, "train a shadow model on recorded traces"),
         ("evaluate", _evaluate_flags, _evaluate, "measure a shadow model against the baselines"),
         ("pack", _pack_flags, _pack, "rewrite a model with one contiguous block per expert"),
+        (
+            "simulate",
+            simulate_command.add_flags,
+            simulate_command.run,
+            "replay routing: what would a machine wait for?",
+        ),
         ("demo", _demo_flags, _demo, "all of it on the small model that ships, in two minutes"),
     ):
         command = commands.add_parser(
