@@ -122,9 +122,13 @@ def _train_flags(flag: Any) -> None:
     flag("--predictor-size", type=int, default=1024, help="width of the inner layer")
     flag("--activation", choices=("relu", "silu"), default="relu")
     flag("--layer-norm", action="store_true")
+    flag(
+        "--trunk-rank", type=int, default=0, help="the first matrix as two of this rank; 0: as one"
+    )
+    flag("--share-trunk", action="store_true", help="one first factor for all layers")
     flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
-    flag("--epochs", type=int, default=20)
-    flag("--batch-size", type=int, default=256)
+    flag("--epochs", type=int, default=None, help="default: 20, with --share-trunk 8")
+    flag("--batch-size", type=int, default=None, help="default: 256, with --share-trunk 4096")
     flag("--learning-rate", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=0.01)
     flag("--patience", type=int, default=3, help="epochs without a better validation recall")
@@ -140,14 +144,21 @@ def _train(options: argparse.Namespace) -> None:
     from .training import FitOptions, TrainingOptions, train_shadow_model
     from .training.layer_trainer import DEFAULT_CANDIDATES
 
-    names = ("loss", "epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
+    epochs, batch_size = (8, 4096) if options.share_trunk else (20, 256)
+    names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
     settings = TrainingOptions(
         predictor_size=options.predictor_size,
         activation=options.activation,
         layer_norm=options.layer_norm,
         candidates=tuple(options.candidates or DEFAULT_CANDIDATES),
         validation_fraction=options.validation_fraction,
-        fit=FitOptions(**{name: getattr(options, name) for name in names}),
+        trunk_rank=options.trunk_rank,
+        share_trunk=options.share_trunk,
+        fit=FitOptions(
+            epochs=options.epochs or epochs,
+            batch_size=options.batch_size or batch_size,
+            **{name: getattr(options, name) for name in names},
+        ),
     )
     routers = options.model and _routers(options.model)
     bundle = train_shadow_model(

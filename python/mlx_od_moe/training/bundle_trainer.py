@@ -1,4 +1,7 @@
-"""Trains all layers' predictors together: with a context they share their targets' memories."""
+"""Trains all layers' predictors together, where they share parameters.
+
+With a context they share their targets' memories, and the projection if asked for.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from ..context import ContextConfig, TokenMemory
 from ..metrics import Recall, rank
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
+from ..projection import Projection
 from ..shadow_model import ExpertPredictor
 from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer
@@ -32,20 +36,27 @@ _MUON_RATE = 20.0
 
 
 class SharedPredictors(nn.Module):
-    """The predictors of all layers and the memories that they read, as one set of parameters."""
+    """The predictors of all layers and what they share, as one set of parameters.
+
+    Without a `context` there are no memories. `projection`: the one that the predictors were given.
+    """
 
     def __init__(
         self,
         predictors: Mapping[int, ExpertPredictor],
         targets: Mapping[int, Sequence[int]],
-        context: ContextConfig,
+        context: ContextConfig | None,
         hidden_size: int,
+        projection: Projection | None = None,
     ):
         super().__init__()
         self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
         self.predictors = {str(layer): p for layer, p in predictors.items()}
-        remembered = sorted({target for ahead in targets.values() for target in ahead})
-        self.memories = {str(layer): TokenMemory(context, hidden_size) for layer in remembered}
+        self.memories = {}
+        if context is not None:
+            remembered = sorted({target for ahead in targets.values() for target in ahead})
+            self.memories = {str(n): TokenMemory(context, hidden_size) for n in remembered}
+        self.projections = {} if projection is None else {"shared": projection}
 
     @property
     def targets(self) -> dict[int, list[int]]:
@@ -59,13 +70,13 @@ class SharedPredictors(nn.Module):
             int(layer): memory(block.states[int(layer)]) for layer, memory in self.memories.items()
         }
         return {
-            layer: self._logits(layer, [memories[t] for t in targets], block)
+            layer: self._logits(layer, [memories[t] for t in targets if memories], block)
             for layer, targets in self.targets.items()
         }
 
     def _logits(self, layer: int, memories: list[mx.array], block: Block) -> mx.array:
         predictor, h = self.predictors[str(layer)], block.own_states(layer)
-        context = predictor.context(h, memories, block.sequence)
+        context = predictor.context(h, memories, block.sequence) if memories else None
         return mx.flatten(predictor(h, context=context), 0, 1)
 
 
@@ -108,7 +119,7 @@ class BundleFit:
         self._streams = _streams(self._batch)
         self._modules: dict[str, nn.Module] = {
             f"{kind}.{name}": module
-            for kind in ("predictors", "memories")
+            for kind in ("predictors", "memories", "projections")
             for name, module in model[kind].items()
         }
         self._optimizers = {name: self._optimizer() for name in self._modules}
@@ -240,14 +251,20 @@ def train_together(
     At distances where validation likes gate lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
-    assert context is not None
+    suffix = "" if context is None else "+context"
     targets = {layer: trainer.targets(layer) for layer in layers}
-    candidates = {layer: trainer.candidate_with_context(layer) for layer in layers}
-    predictors = {n: trainer.build(n, targets[n], candidates[n]) for n in layers}
-    model = SharedPredictors(predictors, targets, context, info.hidden_size)
+    candidates = {layer: trainer.candidate_together(layer) for layer in layers}
+    projection = None
+    if trainer.options.share_trunk:
+        mx.random.seed(trainer.options.fit.seed)
+        projection = Projection(info.hidden_size, trainer.options.trunk_rank)
+    predictors = {n: trainer.build(n, targets[n], candidates[n], projection) for n in layers}
+    model = SharedPredictors(predictors, targets, context, info.hidden_size, projection)
     needed = sorted({*layers, *(t for ahead in targets.values() for t in ahead)})
     training, validation = (
-        SequenceBlocks(info, needed, context.rows, documents, trainer.memory_bytes)
+        SequenceBlocks(
+            info, needed, context.rows if context else 0, documents, trainer.memory_bytes
+        )
         for documents in trainer.split
     )
     checkpoint = trainer.checkpoint / "together.safetensors"
@@ -264,10 +281,10 @@ def train_together(
     chosen = {layer: model.predictors[str(layer)] for layer in layers}
     reports = {
         layer: {
-            "candidate": candidates[layer] + "+context",
+            "candidate": candidates[layer] + suffix,
             "terms": chosen[layer].config.terms,
             "validation": final[layer].report(),
-            "candidates": {candidates[layer] + "+context": found[layer].at(info.top_k)}
+            "candidates": {candidates[layer] + suffix: found[layer].at(info.top_k)}
             | ({"gate": gate} if (gate := gates[layer]) else {}),
         }
         for layer in layers
