@@ -95,6 +95,7 @@ def test_agrees_with_the_python_predictor(
         activation=data.draw(st.sampled_from(("silu", "relu"))),
         layer_norm=data.draw(st.booleans()),
         previous_experts=data.draw(st.booleans()),
+        trunk_rank=data.draw(st.integers(0, 200)),
     )
     x = mx.random.normal((tokens, hidden_size))
     count = data.draw(st.integers(1, 3))
@@ -147,8 +148,11 @@ def test_quantised_predictors_lose_nothing_more_in_f32(kernel, bits):
         assert relative_error(predictor.native("int4").logits(x), expected) < 2e-2
 
 
-def test_thread_counts_agree_bit_for_bit():
-    predictor = make_predictor(hidden_size=1024, predictor_size=512, num_experts=128)
+@pytest.mark.parametrize("trunk_rank", [0, 96])
+def test_thread_counts_agree_bit_for_bit(trunk_rank):
+    predictor = make_predictor(
+        hidden_size=1024, predictor_size=512, num_experts=128, trunk_rank=trunk_rank
+    )
     x = np.random.default_rng(0).standard_normal((3, 1024), dtype=np.float32)
     for format in FORMATS:
         alone = predictor.native(format, threads=1).logits(x)
@@ -285,11 +289,12 @@ def test_describes_itself(predictor):
     assert native.kernel == os.environ.get("MLX_OD_MOE_KERNEL", available_kernels()[0])
 
 
+@pytest.mark.parametrize("trunk_rank", [0, 64])
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_loads_what_python_saved(tmp_path, bits):
+def test_loads_what_python_saved(tmp_path, bits, trunk_rank):
     predictor = make_predictor(
         scoring="sigmoid", hidden_size=128, predictor_size=64, num_experts=20, lookahead=2,
-        terms=("mlp+gate", "gate"), layer_norm=True, previous_experts=True,
+        terms=("mlp+gate", "gate"), layer_norm=True, previous_experts=True, trunk_rank=trunk_rank,
     )  # fmt: skip
     path = tmp_path / "predictor.safetensors"
     predictor.save(path, bits)
