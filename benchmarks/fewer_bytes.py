@@ -23,8 +23,8 @@ from mlx_od_moe.context import ContextConfig
 from mlx_od_moe.metrics import Recall
 from mlx_od_moe.projection import Projection
 from mlx_od_moe.training import FitOptions, TrainingOptions, open_traces, train_shadow_model
-from mlx_od_moe.training.bundle_trainer import SharedPredictors, measure_blocks
 from mlx_od_moe.training.sequence_blocks import SequenceBlocks
+from mlx_od_moe.training.shared_predictors import SharedPredictors, measure_blocks, name_of
 
 LAYERS, HIDDEN, EXPERTS, AHEAD = 60, 4096, 384, 4
 BETWEEN = 32 << 20
@@ -69,7 +69,7 @@ def recalls(bundle: mlx_od_moe.PredictorBundle, traces: str) -> dict[int, Recall
     targets = {layer: bundle.targets(layer) for layer in bundle}
     info = open_traces(traces)
     model = SharedPredictors(dict(bundle), targets, CONTEXT, info.hidden_size)
-    model.memories = {str(layer): memory for layer, memory in bundle.memories.items()}
+    model.memories = {name_of(layer): memory for layer, memory in bundle.memories.items()}
     return measure_blocks(model, targets, SequenceBlocks(info, info.moe_layers, CONTEXT.rows))
 
 

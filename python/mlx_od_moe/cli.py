@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import bench
 
 if TYPE_CHECKING:
+    from .context import ContextConfig
     from .model_routers import LayerRouter
 
 INTERRUPTED = 130
@@ -126,9 +127,14 @@ def _train_flags(flag: Any) -> None:
         "--trunk-rank", type=int, default=0, help="the first matrix as two of this rank; 0: as one"
     )
     flag("--share-trunk", action="store_true", help="one first factor for all layers")
+    flag("--context", choices=("none", "state", "attention"), default="none", help=f"{from_fit}")
+    flag("--window", type=int, default=64, help="earlier tokens that attention sees")
+    flag("--key-size", type=int, default=64, help="width of attention's keys and values")
+    flag("--state-size", type=int, default=64, help="width of the previous token's encoded state")
     flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
-    flag("--epochs", type=int, default=None, help="default: 20, with --share-trunk 8")
-    flag("--batch-size", type=int, default=None, help="default: 256, with --share-trunk 4096")
+    together = "with a context or --share-trunk"
+    flag("--epochs", type=int, default=None, help=f"default: 20, {together} 8")
+    flag("--batch-size", type=int, default=None, help=f"default: 256, {together} 4096")
     flag("--learning-rate", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=0.01)
     flag("--patience", type=int, default=3, help="epochs without a better validation recall")
@@ -144,14 +150,17 @@ def _train(options: argparse.Namespace) -> None:
     from .training import FitOptions, TrainingOptions, train_shadow_model
     from .training.layer_trainer import DEFAULT_CANDIDATES
 
-    epochs, batch_size = (8, 4096) if options.share_trunk else (20, 256)
     names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
+    context = _context(options)
+    together = context is not None or options.share_trunk
+    epochs, batch_size = (8, 4096) if together else (20, 256)
     settings = TrainingOptions(
         predictor_size=options.predictor_size,
         activation=options.activation,
         layer_norm=options.layer_norm,
         candidates=tuple(options.candidates or DEFAULT_CANDIDATES),
         validation_fraction=options.validation_fraction,
+        context=context,
         trunk_rank=options.trunk_rank,
         share_trunk=options.share_trunk,
         fit=FitOptions(
@@ -175,6 +184,16 @@ def _train(options: argparse.Namespace) -> None:
     for name, values in bundle.training["validation"].items():
         print(f"{name:16} " + " ".join(f"{x:.3f}" for x in values))
     print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
+
+
+def _context(options: argparse.Namespace) -> ContextConfig | None:
+    from .context import ContextConfig
+
+    if options.context == "none":
+        return None
+    attends = options.context == "attention"
+    window, key_size = (options.window, options.key_size) if attends else (0, 0)
+    return ContextConfig(window, key_size, options.state_size)
 
 
 def _evaluate_flags(flag: Any) -> None:

@@ -6,8 +6,7 @@ With a context they share their targets' memories, and the projection if asked f
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .._blas import one_blas_thread
-from ..context import ContextConfig, TokenMemory
-from ..metrics import Recall, rank
+from ..context import TokenMemory
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..projection import Projection
@@ -28,6 +26,7 @@ from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer
 from .losses import LOSSES
 from .sequence_blocks import Block, SequenceBlocks
+from .shared_predictors import SharedPredictors, measure_blocks, name_of
 from .workers import Advance
 
 _BLOCK = 256  # tokens that follow each other in a batch
@@ -35,69 +34,8 @@ _BLOCK = 256  # tokens that follow each other in a batch
 _MUON_RATE = 20.0
 
 
-class SharedPredictors(nn.Module):
-    """The predictors of all layers and what they share, as one set of parameters.
-
-    Without a `context` there are no memories. `projection`: the one that the predictors were given.
-    """
-
-    def __init__(
-        self,
-        predictors: Mapping[int, ExpertPredictor],
-        targets: Mapping[int, Sequence[int]],
-        context: ContextConfig | None,
-        hidden_size: int,
-        projection: Projection | None = None,
-    ):
-        super().__init__()
-        self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
-        self.predictors = {str(layer): p for layer, p in predictors.items()}
-        self.memories = {}
-        if context is not None:
-            remembered = sorted({target for ahead in targets.values() for target in ahead})
-            self.memories = {str(n): TokenMemory(context, hidden_size) for n in remembered}
-        self.projections = {} if projection is None else {"shared": projection}
-
-    @property
-    def targets(self) -> dict[int, list[int]]:
-        """{layer: the layers that its predictor speaks of}."""
-        targets: dict[int, list[int]] = self._targets
-        return targets
-
-    def __call__(self, block: Block) -> dict[int, mx.array]:
-        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
-        memories = {
-            int(layer): memory(block.states[int(layer)]) for layer, memory in self.memories.items()
-        }
-        return {
-            layer: self._logits(layer, [memories[t] for t in targets if memories], block)
-            for layer, targets in self.targets.items()
-        }
-
-    def _logits(self, layer: int, memories: list[mx.array], block: Block) -> mx.array:
-        predictor, h = self.predictors[str(layer)], block.own_states(layer)
-        context = predictor.context(h, memories, block.sequence) if memories else None
-        return mx.flatten(predictor(h, context=context), 0, 1)
-
-
-def measure_blocks(
-    logits: Callable[[Block], Mapping[int, mx.array]],
-    targets: Mapping[int, Sequence[int]],
-    blocks: SequenceBlocks,
-) -> dict[int, Recall]:
-    """{layer: recall} of what gives {layer: logits [tokens, lookahead, num_experts]} of a block."""
-    top_k = blocks.traces.top_k
-    recalls = {layer: Recall(len(ahead), top_k) for layer, ahead in targets.items()}
-    for block in blocks.in_order():
-        for layer, scores in logits(block).items():
-            recall = recalls[layer]
-            ids = rank(np.array(scores.astype(mx.float32)), recall.ranks)
-            recall.add(ids, block.chosen(targets[layer]))
-    return recalls
-
-
 class BundleFit:
-    """Fits SharedPredictors: batches of blocks, halves of it on streams of their own.
+    """Fits SharedPredictors to batches of blocks, parts of each on `streams` at once.
 
     Matrices are stepped by Muon (Jordan et al., 2024), which needs half the samples that Adam needs
     here; what is not a matrix by AdamW. One optimiser per module: streams share that work too.
@@ -111,12 +49,13 @@ class BundleFit:
         routers: Mapping[int, LayerRouter],
         options: FitOptions,
         checkpoint: Path,
+        streams: int = 1,
     ):
         self.model, self.training, self.validation = model, training, validation
         self.options, self.checkpoint = options, checkpoint
         self._routers = routers
         self._batch = max(1, options.batch_size // _BLOCK)
-        self._streams = _streams(self._batch)
+        self._streams = _streams(min(streams, self._batch))
         self._modules: dict[str, nn.Module] = {
             f"{kind}.{name}": module
             for kind in ("predictors", "memories", "projections")
@@ -235,20 +174,20 @@ def _at(tree: dict[str, Any], path: str) -> Any:
     return tree
 
 
-def _streams(most: int) -> list[Any]:
-    """One per core of a CPU, whose streams run at once; a GPU has one."""
+def _streams(count: int) -> list[Any]:
+    """Of a CPU, where each has a thread of its own; a GPU needs no more than one."""
     if mx.default_device() == mx.gpu:
         return [mx.default_stream(mx.gpu)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [mx.new_stream(mx.cpu) for _ in range(min(cores or 1, most))]
+    return [mx.new_stream(mx.cpu) for _ in range(count)]
 
 
 def train_together(
-    trainer: LayerTrainer, layers: Sequence[int], advance: Advance
+    trainer: LayerTrainer, layers: Sequence[int], streams: int, advance: Advance
 ) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
     """Train the layers' predictors and memories; returns both and a report on each layer.
 
-    At distances where validation likes gate lookahead alone better, it takes the predictor's place.
+    `streams`: parts of a batch that run at once, on a CPU. At distances where validation likes gate
+    lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
     suffix = "" if context is None else "+context"
@@ -268,7 +207,8 @@ def train_together(
         for documents in trainer.split
     )
     checkpoint = trainer.checkpoint / "together.safetensors"
-    fit = BundleFit(model, training, validation, trainer.routers, trainer.options.fit, checkpoint)
+    options = trainer.options.fit
+    fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
     fit.run(advance)
     found = measure_blocks(model, targets, validation)
     gates = {layer: trainer.gate_recall(layer) for layer in layers}
@@ -276,9 +216,9 @@ def train_together(
         own = found[layer].at(info.top_k)
         worse = [d for d, recall in enumerate(gate or []) if own[d] < recall]
         if worse:
-            model.predictors[str(layer)] = trainer.with_gate(predictors[layer], layer, worse)
+            model.predictors[name_of(layer)] = trainer.with_gate(predictors[layer], layer, worse)
     final = measure_blocks(model, targets, validation)
-    chosen = {layer: model.predictors[str(layer)] for layer in layers}
+    chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
     reports = {
         layer: {
             "candidate": candidates[layer] + suffix,
@@ -289,4 +229,4 @@ def train_together(
         }
         for layer in layers
     }
-    return chosen, {int(n): memory for n, memory in model.memories.items()}, reports
+    return chosen, model.of_layers("memories"), reports

@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..metrics import Recall, rank
+from ..confidence import Confidence
+from ..metrics import Recall
 from ..predictor_file import write_safetensors
 from .dataset import LayerDataset, Samples
 from .losses import LOSSES
@@ -23,6 +25,8 @@ from .workers import Advance
 
 # Maps (hidden states float32 [n, hidden_size], previous experts) to scores.
 Scorer = Callable[[mx.array, mx.array], mx.array]
+# {name: weights [samples, lookahead, top_k] of the chosen experts}; see Recall.add.
+Shares = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,26 @@ class FitState:
         return done or since_best >= options.patience
 
 
-def measure(scorer: Scorer, dataset: LayerDataset, top_k: int) -> Recall:
-    """Recall of a scorer over a data set."""
-    recall = Recall(len(dataset.targets), top_k)
+def measure(
+    scorer: Scorer,
+    dataset: LayerDataset,
+    top_k: int,
+    shares: Shares | None = None,
+    confidence: Confidence | None = None,
+) -> Recall:
+    """Recall of a scorer over a data set; `shares`: see Recall.add, of all its samples in order."""
+    recall, done = Recall(len(dataset.targets), top_k, confidence=confidence), 0
     for samples in dataset.batches(4096):
-        scores = scorer(*inputs(samples))
-        recall.add(rank(np.array(scores.astype(mx.float32)), recall.ranks), samples.chosen)
+        scores = np.array(scorer(*inputs(samples)).astype(mx.float32))
+        part = rows_of(shares, done, len(samples))
+        recall.add_scores(scores, samples.chosen, part)
+        done += len(samples)
     return recall
+
+
+def rows_of(shares: Shares | None, first: int, count: int) -> Shares:
+    """Those rows of every weight."""
+    return {name: weights[first : first + count] for name, weights in (shares or {}).items()}
 
 
 def inputs(samples: Samples) -> tuple[mx.array, mx.array]:

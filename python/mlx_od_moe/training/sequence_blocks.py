@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -87,7 +88,6 @@ class SequenceBlocks:
         self.traces, self.layers, self.before = traces, list(layers), before
         self._documents = None if documents is None else np.array(sorted(documents))
         self._memory_bytes = memory_bytes
-        self._kept: list[_Rows] | None = None
         self._tokens = [int(self._wanted(shard).sum()) for shard in traces.shards]
 
     def __len__(self) -> int:
@@ -120,25 +120,33 @@ class SequenceBlocks:
             self.before,
         )
 
+    @property
+    def _shards(self) -> list[int]:
+        return [i for i, tokens in enumerate(self._tokens) if tokens]
+
+    @cached_property
+    def _whole(self) -> _Rows | None:
+        """Everything, where it fits the memory; None where it must be streamed."""
+        row_bytes = 2 * len(self.layers) * (self.traces.hidden_size + self.traces.top_k)
+        if len(self) * row_bytes > self._memory_bytes:
+            return None
+        return self._joined([self._read(shard) for shard in self._shards])
+
     def _groups(self, rng: np.random.Generator | None) -> Iterator[_Rows]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._whole is not None:
+            yield self._whole
             return
-        shards = [i for i, tokens in enumerate(self._tokens) if tokens]
+        shards = self._shards
         if rng is not None:
             shards = [shards[i] for i in rng.permutation(len(shards))]
         parts: list[_Rows] = []
-        groups = 0
-        for position, shard in enumerate(shards):
+        for shard in shards:
             parts.append(self._read(shard))
-            full = sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes
-            if full or position + 1 == len(shards):
-                groups += 1
-                rows = self._joined(parts)
-                if groups == 1 and position + 1 == len(shards):
-                    self._kept = [rows]
-                yield rows
+            if sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes:
+                yield self._joined(parts)
                 parts = []
+        if parts:
+            yield self._joined(parts)
 
     def _wanted(self, shard: Any) -> Array:
         document = read_array(shard, "document")

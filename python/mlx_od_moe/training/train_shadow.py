@@ -58,7 +58,8 @@ def train_shadow_model(
         routers: {MoE layer: router}; default those recorded with the traces. Without any, the
             candidates that look through them are left out.
         bits: quantise the written file (4 or 8).
-        jobs: layers trained at once, each in a process of its own.
+        jobs: layers trained at once, each in a process of its own; with a context, parts of a
+            batch that run at once.
         memory_bytes: how much decoded data each job holds at once, roughly.
 
     Raises ValueError naming the file and rule for unusable traces or a foreign checkpoint.
@@ -97,7 +98,7 @@ def _train(
     if trainer.options.together:
         work = trainer.options.fit.epochs * trainer.training_tokens
         with progress_bar(work, "train", "token", progress) as bar:
-            predictors, memories, reports = train_together(trainer, layers, bar.update)
+            predictors, memories, reports = train_together(trainer, layers, jobs, bar.update)
             for layer, report in reports.items() if progress else ():
                 bar.write(_summary(layer, trainer.info.top_k, report), file=sys.stderr)
         return predictors, memories, reports
