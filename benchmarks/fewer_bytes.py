@@ -28,7 +28,7 @@ from mlx_od_moe.training.shared_predictors import SharedPredictors, measure_bloc
 
 LAYERS, HIDDEN, EXPERTS, AHEAD = 60, 4096, 384, 4
 BETWEEN = 32 << 20
-FIT = FitOptions(loss="kl", epochs=6, batch_size=2048, patience=6)
+FIT = FitOptions(loss="kl", epochs=4, batch_size=2048)
 CONTEXT = ContextConfig(window=0, key_size=0, state_size=64)
 
 # Per design: predictor_size, trunk_rank and share_trunk. Of 60 layers (4096 wide) …
@@ -46,10 +46,10 @@ TRAINED = {
     "plain": (512, 0, False),
     "own rank 48": (512, 48, False),
     "shared rank 96": (512, 96, True),
-    "shared rank 48": (512, 48, True),
-    "shared rank 96, width 256": (256, 96, True),
     "width 256": (256, 0, False),
     "width 128": (128, 0, False),
+    "shared rank 96, width 256": (256, 96, True),
+    "shared rank 48": (512, 48, True),
 }
 
 

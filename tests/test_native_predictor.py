@@ -35,6 +35,9 @@ def make_predictor(seed=0, scoring="softmax", **options):
     if config.has_mlp:  # with routers training starts at zero
         heads = mx.random.normal(predictor.heads.weight.shape) / config.predictor_size**0.5
         predictor.heads.weight = heads
+    if config.has_projection:  # its outputs as large as its inputs
+        shape = (config.trunk_rank, config.hidden_size)
+        predictor.projection.linear.weight = mx.random.normal(shape) / config.hidden_size**0.5
     if config.has_gate:
         predictor.gate_scale = mx.random.uniform(0.5, 1.5, (config.lookahead,))
         predictor.gate_input_scale = mx.random.uniform(
@@ -93,7 +96,8 @@ def test_agrees_with_the_python_predictor(
         top_k=1,
         terms=tuple(terms),
         activation=data.draw(st.sampled_from(("silu", "relu"))),
-        layer_norm=data.draw(st.booleans()),
+        # Of few values LayerNorm may divide by a difference that is mostly rounding.
+        layer_norm=predictor_size > 8 and data.draw(st.booleans()),
         previous_experts=data.draw(st.booleans()),
         trunk_rank=data.draw(st.integers(0, 200)),
     )
@@ -109,7 +113,8 @@ def test_agrees_with_the_python_predictor(
     assert logits.shape == (tokens, lookahead, num_experts)
     # Few and small logits may cancel: what is lost is relative to the terms, not to their sum.
     error = np.linalg.norm(logits - expected) / np.sqrt(expected.size)
-    assert error < TOLERANCE[format] * max(1.0, np.sqrt(np.mean(expected**2)))
+    matrices = 2 if predictor.config.has_projection else 1  # of the trunk, each with its losses
+    assert error < matrices * TOLERANCE[format] * max(1.0, np.sqrt(np.mean(expected**2)))
 
     k = data.draw(st.integers(1, min(32, num_experts)))
     ids = native.predict(x, k, previous=previous)
