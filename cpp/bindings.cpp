@@ -150,6 +150,7 @@ mlx_od_moe::PredictorConfig config_of(const nb::dict& options) {
   mlx_od_moe::PredictorConfig config;
   config.hidden_size = option<int>(options, "hidden_size");
   config.predictor_size = option<int>(options, "predictor_size");
+  config.trunk_rank = option<int>(options, "trunk_rank");
   config.num_experts = option<int>(options, "num_experts");
   config.lookahead = option<int>(options, "lookahead");
   config.top_k = option<int>(options, "top_k");
@@ -285,7 +286,9 @@ Args:
       .def_prop_ro("format", [](const Predictor& p) { return mlx_od_moe::format_name(p.options().format); })
       .def_prop_ro("threads", [](const Predictor& p) { return p.options().threads; })
       .def_prop_ro("kernel", &Predictor::kernel, "Instruction set in use.")
-      .def_prop_ro("weight_bytes", &Predictor::weight_bytes, "Bytes that one forward reads.");
+      .def_prop_ro("weight_bytes", &Predictor::weight_bytes, "Bytes that one forward reads.")
+      .def_prop_ro("projection_bytes", &Predictor::projection_bytes,
+                   "Of these, the bytes of the projection to the trunk's rank; predictors may share it.");
 
   m.def("pack_bundle", &pack_bundle, "tensors"_a, "metadata"_a, "format"_a, "threads"_a,
         "The predictors of a bundle's tensors and metadata, in one allocation.");

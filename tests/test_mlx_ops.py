@@ -9,11 +9,13 @@ from mlx_od_moe.native_predictor import make_op
 from test_native_predictor import make_predictor, relative_error
 
 
-@pytest.fixture(params=["softmax", "sigmoid"])
+@pytest.fixture(params=[("softmax", 0), ("sigmoid", 0), ("softmax", 32)])
 def predictor(request):
+    scoring, trunk_rank = request.param
     return make_predictor(
-        scoring=request.param, hidden_size=96, predictor_size=48, num_experts=20, lookahead=3,
-        top_k=4, terms=("mlp", "mlp+gate", "gate"), layer_norm=True, previous_experts=True,
+        scoring=scoring, hidden_size=96, predictor_size=48, num_experts=20, lookahead=3, top_k=4,
+        trunk_rank=trunk_rank, terms=("mlp", "mlp+gate", "gate"), layer_norm=True,
+        previous_experts=True,
     )  # fmt: skip
 
 

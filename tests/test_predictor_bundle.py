@@ -10,7 +10,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_od_moe import ExpertPredictor, PredictorBundle, PredictorConfig
+from mlx_od_moe.native_predictor import load_bundle
 from mlx_od_moe.predictor_file import read_tensors, write_tensors
+from mlx_od_moe.projection import Projection
 from mlx_od_moe.router import Router, RouterConfig
 
 MOE_LAYERS = [1, 2, 5, 6, 9]
@@ -22,9 +24,12 @@ def randomised(module):
     return module
 
 
-def make_bundle(config: PredictorConfig = CONFIG, seed: int = 0, **router) -> PredictorBundle:
+def make_bundle(
+    config: PredictorConfig = CONFIG, seed: int = 0, share: bool = False, **router
+) -> PredictorBundle:
     """A predictor of every layer but the last, sharing the routers of their targets."""
     mx.random.seed(seed)
+    one = randomised(Projection(config.hidden_size, config.trunk_rank)) if share else None
     options = RouterConfig(config.hidden_size, config.num_experts, **router)
     routers = {layer: randomised(Router(options)) for layer in MOE_LAYERS}
     predictors = {}
@@ -34,7 +39,7 @@ def make_bundle(config: PredictorConfig = CONFIG, seed: int = 0, **router) -> Pr
             config, lookahead=len(targets), terms=config.terms[: len(targets)]
         )
         shared = [routers[t] for t in targets] if own.has_gate else []
-        predictors[layer] = randomised(ExpertPredictor(own, shared))
+        predictors[layer] = randomised(ExpertPredictor(own, shared, one))
     training = {"options": {"seed": seed, "terms": ["é", None, 0.1]}}
     return PredictorBundle(MOE_LAYERS, predictors, training)
 
@@ -42,9 +47,7 @@ def make_bundle(config: PredictorConfig = CONFIG, seed: int = 0, **router) -> Pr
 def contents(bundle: PredictorBundle) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     tensors = {}
     for layer, predictor in bundle.items():
-        tensors |= {f"{layer}.{n}": p for n, p in tree_flatten(predictor.parameters())}
-        for d, router in enumerate(predictor.routers):
-            tensors |= {f"{layer}.{d}.{n}": p for n, p in tree_flatten(router.parameters())}
+        tensors |= {f"{layer}.{n}": p for n, p in predictor.named_parameters().items()}
     return {n: (str(p.dtype), p.shape, np.array(p).tobytes()) for n, p in tensors.items()}
 
 
@@ -57,13 +60,20 @@ CONFIGS = {
     "odd sizes": dataclasses.replace(
         CONFIG, hidden_size=63, predictor_size=31, num_experts=13, terms=("mlp+gate",) * 3
     ),
+    "low rank": dataclasses.replace(CONFIG, trunk_rank=64),
+    "low rank, odd sizes": dataclasses.replace(CONFIG, hidden_size=63, trunk_rank=7),
 }
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_parameter_comes_back_bit_for_bit(tmp_path, config, bits):
-    bundle = make_bundle(config, bias=True, correction=True, scoring="sigmoid", n_group=1)
+def test_every_parameter_comes_back_bit_for_bit(tmp_path, config, share, bits):
+    if share and not config.trunk_rank:
+        return
+    bundle = make_bundle(
+        config, share=share, bias=True, correction=True, scoring="sigmoid", n_group=1
+    )
     path = tmp_path / "bundle.safetensors"
     bundle.save(path, bits)
     loaded, expected = (
@@ -92,6 +102,67 @@ def test_routers_are_written_once_and_shared_again_after_loading(tmp_path, bits)
     assert bundle[1].routers[1] is bundle[2].routers[0]
     assert bundle[1].routers[2] is bundle[5].routers[0]
     assert set(bundle.routers()) == {2, 5, 6, 9}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_shared_projection_is_written_once_and_shared_again_after_loading(tmp_path, bits):
+    path = tmp_path / "bundle.safetensors"
+    config = dataclasses.replace(
+        CONFIG, trunk_rank=64, layer_norm=True, terms=("mlp", "gate", "mlp+gate")
+    )
+    bundle = make_bundle(config, share=True)
+    bundle.save(path, bits)
+    tensors, _ = read_tensors(path, "bundle")
+    assert [n for n in tensors if n.endswith("projection.linear.weight")] == [
+        "projection.linear.weight"
+    ]
+    loaded = PredictorBundle.load(path)
+    assert {id(p.shared_projection) for p in loaded.values()} == {id(loaded.projection)}
+    x = mx.random.normal((5, 64))
+    natives, from_file = loaded.native("f32", threads=2), load_bundle(str(path), "f32")
+    for layer, predictor in loaded.items():
+        expected = np.array(predictor(x))
+        np.testing.assert_allclose(natives[layer].logits(x), expected, rtol=1e-4, atol=1e-3)
+        assert (from_file[layer].logits(x) == natives[layer].logits(x)).all()
+        predictor.save(tmp_path / "alone.safetensors")
+        alone = ExpertPredictor.load(tmp_path / "alone.safetensors")
+        assert mx.array_equal(alone(x), predictor(x))
+        np.testing.assert_array_equal(alone.native("f32").logits(x), natives[layer].logits(x))
+
+
+def test_a_shared_projection_is_the_same_for_all():
+    bundle = make_bundle(dataclasses.replace(CONFIG, trunk_rank=8), share=True)
+    other = make_bundle(dataclasses.replace(CONFIG, trunk_rank=8), share=True)
+    own = make_bundle(dataclasses.replace(CONFIG, trunk_rank=8))
+    for mixed in (other, own):
+        with pytest.raises(ValueError, match="all layers share one projection, or none"):
+            PredictorBundle(MOE_LAYERS, {1: bundle[1], 2: mixed[2]})
+    wide = ExpertPredictor(dataclasses.replace(CONFIG, trunk_rank=9), (), bundle.projection)
+    with pytest.raises(
+        ValueError, match=r"one hidden_size and trunk_rank, got \[\(64, 8\), \(64, 9\)\]"
+    ):
+        PredictorBundle(MOE_LAYERS, {1: bundle[1], 2: wide})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"projection.linear.weight": None}, r"projection\.linear\.weight"),
+        ({"projection.linear.weight": mx.zeros((9, 64))}, "9, 64"),
+        ({"projection.linear.weight": mx.zeros((8, 32))}, "8, 32"),
+        ({"layers.2.trunk.weight": mx.zeros((32, 64))}, "32, 64"),
+    ],
+    ids=["missing", "other rank", "other width", "trunk without rank"],
+)
+def test_projections_that_do_not_fit_are_an_error_that_names_the_file(tmp_path, change, reason):
+    path, other = tmp_path / "bundle.safetensors", tmp_path / "other.safetensors"
+    make_bundle(dataclasses.replace(CONFIG, trunk_rank=8), share=True).save(path)
+    tensors, metadata = read_tensors(path, "bundle")
+    tensors = {n: t for n, t in (tensors | change).items() if t is not None}
+    write_tensors(other, tensors, "bundle", metadata)
+    for load in (PredictorBundle.load, load_bundle):
+        with pytest.raises(ValueError, match=rf"(?s)other\.safetensors.*{reason}"):
+            load(str(other))
 
 
 def test_a_quantised_bundle_is_its_predictors_quantised():

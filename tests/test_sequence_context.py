@@ -60,14 +60,20 @@ def check(found, expected, tolerance=TOLERANCE["f32"]):
 
 
 @settings(max_examples=60, deadline=None)
-@given(context=contexts, tokens=st.integers(1, 75), seed=st.integers(0, 9))
-def test_decoding_is_what_the_oracle_computes(context, tokens, seed):
-    bundle = make_bundle(context, seed)
+@given(
+    context=contexts,
+    tokens=st.integers(1, 75),
+    seed=st.integers(0, 9),
+    trunk_rank=st.sampled_from([0, 3, 19]),
+)
+def test_decoding_is_what_the_oracle_computes(context, tokens, seed, trunk_rank):
+    bundle = make_bundle(context, seed, trunk_rank=trunk_rank)
     states = make_states(tokens, seed)
     found = Player(bundle.native("f32")).decode(states, 0, tokens)
     check(found, oracle(bundle, states))
 
 
+@pytest.mark.parametrize("trunk_rank", [0, 70])
 @pytest.mark.parametrize("kernel", available_kernels())
 @pytest.mark.parametrize("format", TOLERANCE)
 @pytest.mark.parametrize(
@@ -75,9 +81,9 @@ def test_decoding_is_what_the_oracle_computes(context, tokens, seed):
     [ContextConfig(21, 19, 0), ContextConfig(0, 0, 7), ContextConfig(64, 64, 64)],
     ids=["attention", "state", "both"],
 )
-def test_every_format_and_kernel(monkeypatch, kernel, format, context):
+def test_every_format_and_kernel(monkeypatch, kernel, format, context, trunk_rank):
     monkeypatch.setenv("MLX_OD_MOE_KERNEL", kernel)
-    bundle = make_bundle(context, layer_norm=True)
+    bundle = make_bundle(context, layer_norm=True, trunk_rank=trunk_rank)
     states = make_states(90)
     player = Player(bundle.native(format))
     assert player.natives[0].kernel == kernel

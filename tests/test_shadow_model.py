@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_od_moe import ExpertPredictor, PredictorConfig
 from mlx_od_moe.predictor_file import write_tensors
+from mlx_od_moe.predictor_config import ACTIVATIONS, TERMS
 from mlx_od_moe.router import Router, RouterConfig
-from mlx_od_moe.shadow_model import ACTIVATIONS, TERMS, multi_hot
+from mlx_od_moe.shadow_model import multi_hot
 
 SMALL = PredictorConfig(hidden_size=64, predictor_size=32, num_experts=24, lookahead=3, top_k=4)
 
@@ -54,6 +55,7 @@ def configs(draw: st.DrawFn) -> PredictorConfig:
         layer_norm=draw(st.booleans()),
         terms=tuple(draw(st.lists(st.sampled_from(TERMS), min_size=lookahead, max_size=lookahead))),
         previous_experts=draw(st.booleans()),
+        trunk_rank=draw(st.sampled_from([0, 1, 5, 64])),
     )
 
 
@@ -96,13 +98,15 @@ def test_leading_axes_are_kept(shape, terms):
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_logits_are_those_of_the_formula(activation, layer_norm):
+@pytest.mark.parametrize("trunk_rank", [0, 9])
+def test_logits_are_those_of_the_formula(activation, layer_norm, trunk_rank):
     config = dataclasses.replace(
         SMALL,
         activation=activation,
         layer_norm=layer_norm,
         terms=("mlp", "mlp+gate", "gate"),
         previous_experts=True,
+        trunk_rank=trunk_rank,
     )
     predictor = random_predictor(config)
     h, ids = mx.random.normal((6, 64)), mx.random.randint(-1, 24, (6, 3, 4))
@@ -112,7 +116,10 @@ def test_logits_are_those_of_the_formula(activation, layer_norm):
         if (e := int(ids[token, d, j].item())) >= 0:
             hot[token, d, e] = 1
     x = np.array(h, np.float64)
-    inner = x @ w["trunk.weight"].T + w["trunk.bias"] + hot.reshape(6, -1) @ w["previous.weight"].T
+    seen = x @ w["projection.linear.weight"].T if trunk_rank else x
+    inner = (
+        seen @ w["trunk.weight"].T + w["trunk.bias"] + hot.reshape(6, -1) @ w["previous.weight"].T
+    )
     if layer_norm:
         inner -= inner.mean(-1, keepdims=True)
         inner /= np.sqrt((inner**2).mean(-1, keepdims=True) + 1e-5)
@@ -180,6 +187,7 @@ def test_predicting_more_experts_than_there_are_is_an_error(k):
         ({"lookahead": -1}, "lookahead"),
         ({"top_k": 25}, "top_k 25 exceeds num_experts 24"),
         ({"activation": "gelu"}, "gelu"),
+        ({"trunk_rank": -1}, "trunk_rank can't be negative"),
         ({"terms": ("mlp",)}, "terms"),
         ({"terms": ("mlp", "mlp", "router")}, "router"),
     ],

@@ -84,12 +84,8 @@ kernels::Type kernel_type(DType dtype) {
 
 size_t PackedPredictor::weight_bytes() const {
   size_t bytes = 0;
-  const auto add = [&](const PackedMatrix& m) { bytes += static_cast<size_t>(m.panels.count) * m.panels.stride; };
-  add(trunk);
-  add(heads);
-  add(context.query);
-  add(context.attended);
-  for (const PackedRouter& router : routers) add(router.matrix);
+  for (const PackedMatrix* m : {&projection, &trunk, &heads, &context.query, &context.attended}) bytes += m->bytes();
+  for (const PackedRouter& router : routers) bytes += router.matrix.bytes();
   return bytes;
 }
 
@@ -118,8 +114,8 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
   open_first_stage(tokens);
   run_stage(0);
   if (predictor.config.has_mlp()) {
-    if (attends_) {
-      attend(tokens);
+    if (heads_phase() > 1) {
+      open_second_stage(tokens);
       run_stage(1);
     }
     finish_trunk(query, first, tokens);
@@ -167,7 +163,7 @@ void Forward::add_product(Stage& stage, const PackedMatrix& matrix, const kernel
   stage.blocks += (matrix.panels.count + kPanelsPerBlock - 1) / kPanelsPerBlock;
 }
 
-// The trunk, the context's query and the routers: all that depends on the hidden state alone.
+// The projection or the trunk, the context's query and the routers: all that depends on the hidden state alone.
 void Forward::open_first_stage(int tokens) {
   const PackedPredictor& p = *predictor_;
   const int width = p.config.hidden_size;
@@ -180,7 +176,7 @@ void Forward::open_first_stage(int tokens) {
                                                p.gate_input_scale.end();
   kernels::Tokens unscaled{};
   if (plain) unscaled = stage.inputs.prepare(0, hidden_.data(), stride);
-  if (p.config.has_mlp()) add_product(stage, p.trunk, unscaled);
+  if (p.config.has_mlp()) add_product(stage, projects() ? p.projection : p.trunk, unscaled);
   if (attends_) add_product(stage, p.context.query, unscaled);
   for (int d = 0; d < p.config.lookahead; ++d) {
     if (!p.uses_gate(d)) continue;
@@ -259,20 +255,39 @@ void Forward::add_previous(const Query& query, int token, float* z) const {
   }
 }
 
-// From the queries to the input of `attended`: what each head reads.
-void Forward::attend(int tokens) {
+// The trunk where there is a projection, and what attention reads: all that depends on the first stage.
+void Forward::open_second_stage(int tokens) {
   const PackedPredictor& p = *predictor_;
-  const auto lookahead = static_cast<size_t>(p.config.lookahead);
-  const auto size = static_cast<size_t>(p.config.context.key_size);
-  const int columns = p.packing.columns(lookahead * size);
+  const auto rank = static_cast<size_t>(p.config.trunk_rank);
+  // Both inputs as wide as the wider one: products read as many columns as their matrix has.
+  int columns = projects() ? p.trunk.panels.columns : 0;
+  if (attends_) columns = std::max(columns, p.context.attended.panels.columns);
+  const auto stride = static_cast<size_t>(columns);
+  Stage& stage = stages_[1];
+  begin_stage(stage, 2, columns, tokens);
+  if (projects()) {
+    float* x = at_least(projected_, stride * static_cast<size_t>(tokens));
+    for (int t = 0; t < tokens; ++t, x += stride) {
+      std::memcpy(x, result(0, 0, t), rank * sizeof(float));
+      std::fill(x + rank, x + stride, 0.0f);
+    }
+    add_product(stage, p.trunk, stage.inputs.prepare(0, projected_.data(), stride));
+  }
+  if (!attends_) return;
+  attend(tokens, columns);
+  add_product(stage, p.context.attended, stage.inputs.prepare(1, read_.data(), stride));
+}
+
+// From the queries to the input of `attended`: what each head reads.
+void Forward::attend(int tokens, int columns) {
+  const auto lookahead = static_cast<size_t>(predictor_->config.lookahead);
+  const auto size = static_cast<size_t>(predictor_->config.context.key_size);
   const auto stride = static_cast<size_t>(columns);
   float* read = at_least(read_, stride * static_cast<size_t>(tokens));
   for (int t = 0; t < tokens; ++t, read += stride) {
     sequence_->attend(source_, position_ + t, result(0, 1, t), attention_, read);
     std::fill(read + lookahead * size, read + stride, 0.0f);
   }
-  begin_stage(stages_[1], 1, columns, tokens);
-  add_product(stages_[1], p.context.attended, stages_[1].inputs.prepare(0, read_.data(), stride));
 }
 
 // From the trunk's products to the heads' input.
@@ -284,14 +299,14 @@ void Forward::finish_trunk(const Query& query, int first, int tokens) {
   const auto stride = static_cast<size_t>(columns);
   float* z = at_least(inner_, stride * static_cast<size_t>(tokens));
   for (int t = 0; t < tokens; ++t, z += stride) {
-    std::memcpy(z, result(0, 0, t), static_cast<size_t>(width) * sizeof(float));
+    std::memcpy(z, result(trunk_phase(), 0, t), static_cast<size_t>(width) * sizeof(float));
     std::fill(z + width, z + stride, 0.0f);
     if (p.trunk_bias != nullptr) k.add(p.trunk_bias, kernels::kFloat32, width, z);
     if (query.context != nullptr) {
       k.add(query.context + static_cast<size_t>(first + t) * static_cast<size_t>(width), kernels::kFloat32, width, z);
     }
     if (query.previous != nullptr && p.previous != nullptr) add_previous(query, first + t, z);
-    if (attends_) k.add(result(1, 0, t), kernels::kFloat32, width, z);
+    if (attends_) k.add(result(1, projects() ? 1 : 0, t), kernels::kFloat32, width, z);
     if (sequence_ != nullptr) {
       const float* vector = sequence_->previous_state(source_, position_ + t);
       if (vector != nullptr) k.add(vector, kernels::kFloat32, width, z);

@@ -49,6 +49,7 @@ struct PackedContext {
 struct PackedPredictor {
   PredictorConfig config;
   Packing packing{};
+  PackedMatrix projection;
   PackedMatrix trunk;
   PackedMatrix heads;
   const float* trunk_bias = nullptr;
@@ -101,13 +102,16 @@ class Forward : public SharedWork {
   void begin_stage(Stage& stage, size_t inputs, int columns, int tokens);
   static void add_product(Stage& stage, const PackedMatrix& matrix, const kernels::Tokens& tokens);
   void run_stage(int phase);
-  int heads_phase() const { return attends_ ? 2 : 1; }
+  bool projects() const { return predictor_->config.has_projection(); }
+  int trunk_phase() const { return projects() ? 1 : 0; }
+  int heads_phase() const { return projects() || attends_ ? 2 : 1; }
   const float* result(int phase, size_t product, int token) const;
 
   void load_hidden(const Query& query, int first, int tokens);
   void find_context(const Query& query, int first);
   void open_first_stage(int tokens);
-  void attend(int tokens);
+  void open_second_stage(int tokens);
+  void attend(int tokens, int columns);
   void finish_trunk(const Query& query, int first, int tokens);
   void add_previous(const Query& query, int token, float* z) const;
   void finish_scores(const float* router_logits, int d, float* scores) const;
@@ -122,7 +126,7 @@ class Forward : public SharedWork {
   int64_t position_ = 0;
   bool attends_ = false;  // some earlier token can be seen
   Stage stages_[kPhases];
-  std::vector<float> hidden_, scaled_, read_, inner_, scores_, logits_;
+  std::vector<float> hidden_, scaled_, projected_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;
   AttentionScratch attention_;
 };

@@ -210,7 +210,8 @@ mx::array PredictorOp::linear(const mx::array& x, const std::string& name, mx::S
 mx::array PredictorOp::mlp(const mx::array& x, const OptionalArray& previous, const OptionalArray& context,
                            mx::StreamOrDevice s) const {
   const PredictorConfig& c = native_.config();
-  mx::array z = linear(x, "predictor.trunk", s);
+  mx::array z = c.trunk_rank > 0 ? linear(x, "predictor.projection.linear", s) : x;
+  z = linear(z, "predictor.trunk", s);
   if (previous && c.previous_experts) {  // as rows of 0 and 1 per distance; -1 goes to a column that is cut off
     mx::array ids = mx::astype(*previous, mx::int32, s);
     ids = mx::where(mx::less(ids, mx::array(0), s), mx::array(c.num_experts), ids, s);

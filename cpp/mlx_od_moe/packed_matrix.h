@@ -40,6 +40,7 @@ struct PackedMatrix {
   int columns = 0;  // not padded
 
   int padded_rows() const { return panels.count * kernels::kPanelRows; }
+  size_t bytes() const { return static_cast<size_t>(panels.count) * panels.stride; }
 };
 
 // Inputs of products in the form that the kernels read; the memory stays from use to use.

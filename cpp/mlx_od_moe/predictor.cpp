@@ -63,7 +63,10 @@ void check(const PredictorWeights& w) {
   c.check();
   const size_t outputs = size(c.lookahead) * size(c.num_experts);
   if (c.has_mlp()) {
-    check_linear(w.trunk, size(c.predictor_size), size(c.hidden_size), "trunk");
+    if (c.has_projection()) {
+      check_linear(w.projection, size(c.trunk_rank), size(c.hidden_size), "projection.linear");
+    }
+    check_linear(w.trunk, size(c.predictor_size), size(c.trunk_inputs()), "trunk");
     check_linear(w.heads, outputs, size(c.predictor_size), "heads");
     if (c.layer_norm) {
       if (w.norm_weight) check_vector(w.norm_weight, size(c.predictor_size), "norm.weight");
@@ -118,6 +121,7 @@ class Packer {
   }
 
   void pack_mlp(const PredictorWeights& w, PackedPredictor& packed) {
+    if (w.config.has_projection()) packed.projection = projection(w.projection);
     packed.trunk = matrix(w.trunk);
     packed.heads = matrix(w.heads);
     packed.trunk_bias = vector(w.trunk.bias);
@@ -178,6 +182,12 @@ class Packer {
     }
   }
 
+  const PackedMatrix& projection(const Linear& source) {
+    const auto [found, added] = projections_.try_emplace(source.weight.data);
+    if (added) found->second = matrix(source);
+    return found->second;
+  }
+
   const PackedRouter& router(const Router& source) {
     const auto [found, added] = routers_.try_emplace(&source);
     PackedRouter& packed = found->second;
@@ -195,6 +205,7 @@ class Packer {
   Packing packing_;
   Arena* arena_;
   size_t bytes_ = 0;
+  std::map<const void*, PackedMatrix> projections_;  // by where their weights come from
   std::map<const Router*, PackedRouter> routers_;
   std::map<const TokenMemory*, PackedMemory> memories_;
 };
@@ -315,5 +326,6 @@ const PredictorConfig& Predictor::config() const { return layer_->packed.config;
 const PredictorOptions& Predictor::options() const { return layer_->options; }
 const char* Predictor::kernel() const { return layer_->packed.packing.kernels->name; }
 size_t Predictor::weight_bytes() const { return layer_->packed.weight_bytes(); }
+size_t Predictor::projection_bytes() const { return layer_->packed.projection.bytes(); }
 
 }  // namespace mlx_od_moe

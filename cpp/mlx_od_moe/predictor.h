@@ -1,10 +1,10 @@
 // The shadow model's forward: hidden state in, expert ids out, in one pass on CPU threads.
 //
 // Per distance d = 1 ... lookahead, as Python's ExpertPredictor defines it:
-//   logits[d] = heads[d](act(norm(trunk(x) + previous(e) + context))) + gate_scale[d] * router[d](x * s[d])
-// with each part present where the configuration asks for it; context is what a SequenceContext gives for
-// earlier tokens, or the caller's own vector. Then the k best ids of each distance,
-// best first; of equal scores the lower id first.
+//   logits[d] = heads[d](act(norm(trunk(p(x)) + previous(e) + context))) + gate_scale[d] * router[d](x * s[d])
+// with each part present where the configuration asks for it; p is the projection to the trunk's rank; context is what
+// a SequenceContext gives for earlier tokens, or the caller's own vector. Then the k best ids of each distance, best
+// first; of equal scores the lower id first.
 //
 // Threads    Immutable once made: any number of threads may call `logits` and `predict` at once. A call
 //            uses its own thread and at most threads - 1 helpers, which all copies of a Predictor (and
@@ -64,8 +64,8 @@ class MLX_OD_MOE_API Predictor {
  public:
   explicit Predictor(const PredictorWeights& weights, const PredictorOptions& options = {});
 
-  // Several predictors in one allocation, with one set of helper threads. Routers that several
-  // of them point to are packed once.
+  // Several predictors in one allocation, with one set of helper threads. Routers and projections that
+  // several of them point to are packed once.
   static std::vector<Predictor> pack(const std::vector<PredictorWeights>& weights,
                                      const PredictorOptions& options = {});
 
@@ -81,6 +81,8 @@ class MLX_OD_MOE_API Predictor {
   const PackedPredictor& packed() const;
   bool shares_weights_with(const Predictor& other) const { return layer_ == other.layer_; }
   size_t weight_bytes() const;  // read by one forward
+  // Of these, how many its projection has; predictors that share it find it in a cache.
+  size_t projection_bytes() const;
 
  private:
   class Layer;

@@ -29,6 +29,12 @@ void check_kind(const Metadata& metadata, const std::string& kind) {
   }
 }
 
+// Not there in files from before there was one: 0.
+int read_trunk_rank(const Json& config) {
+  const auto found = config.object().find("trunk_rank");
+  return found == config.object().end() ? 0 : found->second.small_integer();
+}
+
 // Null, or not there in files from before there was one: none.
 ContextConfig read_context(const Json& config) {
   const auto found = config.object().find("context");
@@ -42,6 +48,7 @@ PredictorConfig read_config(const Json& json) {
   PredictorConfig config;
   config.hidden_size = json.at("hidden_size").small_integer();
   config.predictor_size = json.at("predictor_size").small_integer();
+  config.trunk_rank = read_trunk_rank(json);
   config.num_experts = json.at("num_experts").small_integer();
   config.lookahead = json.at("lookahead").small_integer();
   config.top_k = json.at("top_k").small_integer();
@@ -147,12 +154,14 @@ PredictorBundle PredictorBundle::make(const Tensors& tensors, const Metadata& me
       }
     }
 
+    const Linear projection = find_projection(tensors, quantization);
     std::vector<int> layers;
     std::vector<PredictorWeights> weights;
     const Json layers_json = Json::parse(entry(metadata, "layers"));
     for (const auto& [name, json] : layers_json.object()) {
       const int layer = layer_index(name);
       PredictorWeights w = find_predictor(tensors, "layers." + name + ".", read_config(json), quantization);
+      if (!w.projection) w.projection = projection;
       const auto at = std::find(bundle.moe_layers_.begin(), bundle.moe_layers_.end(), layer);
       if (bundle.moe_layers_.end() - at <= w.config.lookahead) {
         throw std::invalid_argument("layer " + name + " is no MoE layer with " + std::to_string(w.config.lookahead) +

@@ -61,6 +61,7 @@ PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefi
                                 const Quantization& quantization) {
   PredictorWeights weights;
   weights.config = config;
+  weights.projection = find_linear(tensors, prefix + "projection.linear", quantization);
   weights.trunk = find_linear(tensors, prefix + "trunk", quantization);
   weights.heads = find_linear(tensors, prefix + "heads", quantization);
   weights.norm_weight = find(tensors, prefix + "norm.weight");
@@ -73,6 +74,10 @@ PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefi
   weights.context.previous_state = find_linear(tensors, prefix + "context.previous_state", quantization);
   weights.context.position_bias = find(tensors, prefix + "context.position_bias");
   return weights;
+}
+
+Linear find_projection(const Tensors& tensors, const Quantization& quantization) {
+  return find_linear(tensors, "projection.linear", quantization);
 }
 
 Router find_router(const Tensors& tensors, const std::string& prefix, const Quantization& quantization) {
@@ -108,6 +113,7 @@ void PredictorConfig::check() const {
   // Far beyond any model, and small enough that no product of two overflows.
   check_range("PredictorConfig", "hidden_size", hidden_size, 1, 1 << 20);
   check_range("PredictorConfig", "predictor_size", predictor_size, 1, 1 << 20);
+  check_range("PredictorConfig", "trunk_rank", trunk_rank, 0, 1 << 20);
   check_range("PredictorConfig", "num_experts", num_experts, 1, 1 << 16);
   check_range("PredictorConfig", "lookahead", lookahead, 1, 1 << 8);
   check_range("PredictorConfig", "top_k", top_k, 1, num_experts);

@@ -74,6 +74,7 @@ struct MLX_OD_MOE_API ContextConfig {
 struct MLX_OD_MOE_API PredictorConfig {
   int hidden_size = 4096;
   int predictor_size = 1024;
+  int trunk_rank = 0;  // 0: the trunk is one matrix
   int num_experts = 384;
   int lookahead = 4;
   int top_k = 8;
@@ -84,6 +85,8 @@ struct MLX_OD_MOE_API PredictorConfig {
   ContextConfig context;
 
   bool has_mlp() const;
+  bool has_projection() const { return has_mlp() && trunk_rank > 0; }
+  int trunk_inputs() const { return trunk_rank > 0 ? trunk_rank : hidden_size; }
   bool has_context() const { return has_mlp() && context; }
   bool has_gate() const;
   void check() const;  // throws std::invalid_argument
@@ -107,7 +110,8 @@ struct ContextWeights {
 
 struct PredictorWeights {
   PredictorConfig config;
-  Linear trunk;
+  Linear projection;  // [trunk_rank, hidden_size], where there is a rank; may be shared between predictors
+  Linear trunk;       // [predictor_size, trunk_rank or hidden_size]
   Linear heads;
   Tensor norm_weight;
   Tensor norm_bias;
@@ -128,6 +132,8 @@ struct Quantization {
 // What of `tensors` belongs to the predictor or the router whose names begin with `prefix`.
 MLX_OD_MOE_API PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefix,
                                                const PredictorConfig& config, const Quantization& quantization);
+// The projection that a bundle's predictors share; none where they don't.
+MLX_OD_MOE_API Linear find_projection(const Tensors& tensors, const Quantization& quantization);
 MLX_OD_MOE_API Router find_router(const Tensors& tensors, const std::string& prefix, const Quantization& quantization);
 MLX_OD_MOE_API TokenMemory find_memory(const Tensors& tensors, int layer, const Quantization& quantization);
 

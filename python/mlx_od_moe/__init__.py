@@ -40,7 +40,8 @@ from .expert_file import ExpertFile  # noqa: E402
 from .expert_store import ExpertStore  # noqa: E402
 from .offload import Runtime, load  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
-from .shadow_model import ExpertPredictor, PredictorConfig  # noqa: E402
+from .predictor_config import PredictorConfig  # noqa: E402
+from .shadow_model import ExpertPredictor  # noqa: E402
 from .shadow_runner import ShadowRunner  # noqa: E402
 
 __version__ = _metadata.version("mlx-od-moe")

@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .model_routers import LayerRouter
-from .shadow_model import PredictorConfig, multi_hot
+from .predictor_config import PredictorConfig
+from .shadow_model import multi_hot
 from .training.dataset import LayerDataset
 from .training.fit import FitOptions, Scorer, fit
 from .training.layer_trainer import gate_predictor

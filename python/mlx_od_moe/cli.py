@@ -129,13 +129,18 @@ def _train_flags(flag: Any) -> None:
     flag("--predictor-size", type=int, default=1024, help="width of the inner layer")
     flag("--activation", choices=("relu", "silu"), default="relu")
     flag("--layer-norm", action="store_true")
+    flag(
+        "--trunk-rank", type=int, default=0, help="the first matrix as two of this rank; 0: as one"
+    )
+    flag("--share-trunk", action="store_true", help="one first factor for all layers")
     flag("--context", choices=("none", "state", "attention"), default="none", help=f"{from_fit}")
     flag("--window", type=int, default=64, help="earlier tokens that attention sees")
     flag("--key-size", type=int, default=64, help="width of attention's keys and values")
     flag("--state-size", type=int, default=64, help="width of the previous token's encoded state")
     flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
-    flag("--epochs", type=int, default=None, help="default: 20, with a context 8")
-    flag("--batch-size", type=int, default=None, help="default: 256, with a context 4096")
+    together = "with a context or --share-trunk"
+    flag("--epochs", type=int, default=None, help=f"default: 20, {together} 8")
+    flag("--batch-size", type=int, default=None, help=f"default: 256, {together} 4096")
     flag("--learning-rate", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=0.01)
     flag("--patience", type=int, default=3, help="epochs without a better validation recall")
@@ -153,7 +158,8 @@ def _train(options: argparse.Namespace) -> None:
 
     names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
     context = _context(options)
-    epochs, batch_size = (20, 256) if context is None else (8, 4096)
+    together = context is not None or options.share_trunk
+    epochs, batch_size = (8, 4096) if together else (20, 256)
     settings = TrainingOptions(
         predictor_size=options.predictor_size,
         activation=options.activation,
@@ -161,6 +167,8 @@ def _train(options: argparse.Namespace) -> None:
         candidates=tuple(options.candidates or DEFAULT_CANDIDATES),
         validation_fraction=options.validation_fraction,
         context=context,
+        trunk_rank=options.trunk_rank,
+        share_trunk=options.share_trunk,
         fit=FitOptions(
             epochs=options.epochs or epochs,
             batch_size=options.batch_size or batch_size,

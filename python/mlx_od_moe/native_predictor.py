@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ._ext import NativePredictor, PredictorOp, SequenceContext, load_bundle, pack_bundle
-from .predictor_file import named
 
 if TYPE_CHECKING:
     from .shadow_model import ExpertPredictor
@@ -45,13 +44,16 @@ def _parts(
     predictor: ExpertPredictor,
 ) -> tuple[dict[str, mx.array], dict[str, Any], list[dict[str, Any]], int, int]:
     """What the native constructors take: tensors, configurations, bits and group size."""
-    tensors = named(predictor, "predictor.")
-    for d, router in enumerate(predictor.routers):
-        tensors |= named(router, f"routers.{d}.")
     routers = [dataclasses.asdict(router.config) for router in predictor.routers]
     quantization = predictor.quantization
     bits, group_size = (quantization.bits, quantization.group_size) if quantization else (0, 0)
-    return tensors, dataclasses.asdict(predictor.config), routers, bits, group_size
+    return (
+        predictor.named_parameters(),
+        dataclasses.asdict(predictor.config),
+        routers,
+        bits,
+        group_size,
+    )
 
 
 def make_native_bundle(

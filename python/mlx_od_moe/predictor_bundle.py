@@ -11,9 +11,11 @@ import mlx.core as mx
 
 from .context import ContextConfig, TokenMemory
 from .native_predictor import NativePredictor, make_native_bundle
+from .predictor_config import PredictorConfig
 from .predictor_file import Quantization, described_by, named, read_tensors, restore, write_tensors
+from .projection import Projection
 from .router import Router, RouterConfig
-from .shadow_model import ExpertPredictor, PredictorConfig
+from .shadow_model import ExpertPredictor
 
 
 class PredictorBundle(Mapping[int, ExpertPredictor]):
@@ -21,7 +23,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
 
     The predictor of the i-th MoE layer predicts the (i + 1)-th … (i + lookahead)-th; the last MoE
     layer has none. Predictors of neighbouring layers share the routers of their targets, so each is
-    kept and written once; so are the memories that their contexts read.
+    kept and written once; so are the memories that their contexts read, and the projection where
+    they share one.
 
     Args:
         moe_layers: all MoE layers of the model, in order.
@@ -52,6 +55,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                     f"ahead, but only {self.targets(layer)} follow among {self.moe_layers}"
                 )
         self._check_memories()
+        self._check_projection()
 
     def _check_memories(self) -> None:
         configs = {p.config.context for p in self._predictors.values() if p.config.has_context}
@@ -68,6 +72,23 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                 f"[PredictorBundle] contexts read the memories of layers {sorted(needed)}, "
                 f"got those of {[*self.memories]}"
             )
+
+    def _check_projection(self) -> None:
+        low_rank = [p for p in self._predictors.values() if p.config.has_projection]
+        if len({id(p.shared_projection) for p in low_rank}) > 1:
+            raise ValueError("[PredictorBundle] all layers share one projection, or none")
+        sizes = {(p.config.hidden_size, p.config.trunk_rank) for p in low_rank}
+        if self.projection is not None and len(sizes) > 1:
+            raise ValueError(
+                "[PredictorBundle] layers that share a projection have one hidden_size and "
+                f"trunk_rank, got {sorted(sizes)}"
+            )
+
+    @property
+    def projection(self) -> Projection | None:
+        """The first factor of all trunks; None where layers have their own, or none."""
+        found = (p.shared_projection for p in self._predictors.values())
+        return next((projection for projection in found if projection is not None), None)
 
     @property
     def context(self) -> ContextConfig | None:
@@ -132,8 +153,9 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         def shared(layer: int, predictor: ExpertPredictor) -> list[Router]:
             return [routers[target] for target in self.targets(layer)] if predictor.routers else []
 
+        projection = self.projection and self.projection.quantized(bits, group_size)
         predictors = {
-            layer: predictor.quantized(bits, group_size, shared(layer, predictor))
+            layer: predictor.quantized(bits, group_size, shared(layer, predictor), projection)
             for layer, predictor in self.items()
         }
         memories = {layer: m.quantized(bits, group_size) for layer, m in self.memories.items()}
@@ -160,6 +182,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             tensors |= named(predictor, f"layers.{layer}.")
         for target, router in routers.items():
             tensors |= named(router, f"routers.{target}.")
+        if self.projection is not None:
+            tensors |= named(self.projection, "projection.")
         for target, memory in self.memories.items():
             tensors |= named(memory, f"memories.{target}.")
         quantization = next(iter(self.values())).quantization
@@ -184,12 +208,17 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             for target, options in metadata["routers"].items():
                 routers[int(target)] = router = Router(RouterConfig(**options))
                 restore(router, tensors, f"routers.{target}.", quantization, path)
+            configs = {int(n): PredictorConfig(**c) for n, c in metadata["layers"].items()}
+            projection = None
+            if any(name.startswith("projection.") for name in tensors):
+                config = min(configs.values(), key=lambda c: not c.has_projection)
+                projection = Projection(config.hidden_size, config.trunk_rank)
+                restore(projection, tensors, "projection.", quantization, path)
             predictors = {}
-            for name, options in metadata["layers"].items():
-                layer, config = int(name), PredictorConfig(**options)
+            for layer, config in configs.items():
                 ahead = moe_layers[moe_layers.index(layer) + 1 :][: config.lookahead]
                 predictors[layer] = ExpertPredictor(
-                    config, [routers[target] for target in ahead] if config.has_gate else []
+                    config, [routers[t] for t in ahead] if config.has_gate else [], projection
                 )
                 restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
             memories = {}

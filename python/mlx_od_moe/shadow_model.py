@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .context import ContextConfig, ContextReader
+from .context import ContextReader
 from .native_predictor import NativePredictor, make_native
+from .predictor_config import ACTIVATIONS, PredictorConfig
 from .predictor_file import (
     Quantization,
     described_by,
@@ -22,99 +22,37 @@ from .predictor_file import (
     restore,
     write_tensors,
 )
+from .projection import Projection
 from .router import Router, RouterConfig
-
-TERMS = ("mlp", "mlp+gate", "gate")
-ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """Sizes and parts of one predictor.
-
-    Args:
-        hidden_size: width of the model's hidden state (Kimi-K2: 7168).
-        predictor_size: width of the predictor's inner layer.
-        num_experts: routed experts per MoE layer.
-        lookahead: MoE layers ahead that are predicted: distances 1 … lookahead.
-        top_k: experts that the model runs per token, and the default number predicted.
-        activation: "relu" or "silu".
-        layer_norm: LayerNorm between the first matrix and the activation.
-        terms: per distance, what its logits are made of: "mlp", "mlp+gate" (plus the target
-            layer's router on this layer's state) or "gate" (that alone). Default: all "mlp".
-        previous_experts: the previous token's experts at the target layers are an input too.
-        context: sizes of what is read from earlier tokens' states at the target layers (see
-            context.py); None: nothing.
-    """
-
-    hidden_size: int = 4096
-    predictor_size: int = 1024
-    num_experts: int = 384
-    lookahead: int = 4
-    top_k: int = 8
-    activation: str = "relu"
-    layer_norm: bool = False
-    terms: tuple[str, ...] = ()
-    previous_experts: bool = False
-    context: ContextConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "predictor_size", "num_experts", "lookahead", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"[PredictorConfig] {name} must be positive, got {getattr(self, name)}"
-                )
-        object.__setattr__(self, "terms", tuple(self.terms) or ("mlp",) * self.lookahead)
-        if isinstance(self.context, dict):  # as read from a file
-            object.__setattr__(self, "context", ContextConfig(**self.context))
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"[PredictorConfig] top_k {self.top_k} exceeds num_experts {self.num_experts}"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"[PredictorConfig] activation is one of {[*ACTIVATIONS]}, not {self.activation!r}"
-            )
-        if len(self.terms) != self.lookahead or not set(self.terms) <= set(TERMS):
-            raise ValueError(
-                f"[PredictorConfig] terms needs one of {TERMS} for each of {self.lookahead} "
-                f"distances, got {self.terms}"
-            )
-
-    @property
-    def has_mlp(self) -> bool:
-        """Whether any distance uses the MLP."""
-        return any(term != "gate" for term in self.terms)
-
-    @property
-    def has_context(self) -> bool:
-        """Whether it reads what earlier tokens left."""
-        return self.has_mlp and self.context is not None
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether any distance uses the target layer's router."""
-        return any(term != "mlp" for term in self.terms)
 
 
 class ExpertPredictor(nn.Module):
     """Predicts the experts of the next `lookahead` MoE layers from one layer's block input.
 
-    logits[d] = heads[d](act(norm(trunk(h) + previous(e) + c)))
+    logits[d] = heads[d](act(norm(trunk(projection(h)) + previous(e) + c)))
               + gate_scale[d] * routers[d].scores(h * s[d])
 
     with each part present where `config` asks for it. `routers` are the target layers' own, frozen;
     s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale);
-    c is the context vector that `context` made of earlier tokens.
+    c is the context vector that `context` made of earlier tokens. `projection`: given where layers
+    share it; like the routers it is then not among this predictor's parameters.
     """
 
-    def __init__(self, config: PredictorConfig, routers: Sequence[Router] = ()):
+    def __init__(
+        self,
+        config: PredictorConfig,
+        routers: Sequence[Router] = (),
+        projection: Projection | None = None,
+    ):
         super().__init__()
         self.config = config
         self.quantization: Quantization | None = None
         outputs = config.lookahead * config.num_experts
         if config.has_mlp:
-            self.trunk = nn.Linear(config.hidden_size, config.predictor_size)
+            if config.trunk_rank and projection is None:
+                self.projection = Projection(config.hidden_size, config.trunk_rank)
+            inputs = config.trunk_rank or config.hidden_size
+            self.trunk = nn.Linear(inputs, config.predictor_size)
             self.heads = nn.Linear(config.predictor_size, outputs)
             if config.layer_norm:
                 self.norm = nn.LayerNorm(config.predictor_size)
@@ -131,6 +69,7 @@ class ExpertPredictor(nn.Module):
             )
         # A tuple with an underscore: not among the parameters, since a bundle's layers share them.
         self._routers = tuple(routers)
+        self._shared = (projection,) if config.has_projection and projection is not None else ()
         if config.has_gate:
             self.gate_scale = mx.ones((config.lookahead,))
             self.gate_input_scale = mx.ones((config.lookahead, config.hidden_size))
@@ -143,6 +82,21 @@ class ExpertPredictor(nn.Module):
         """The target layers' routers, one per distance, or none."""
         routers: tuple[Router, ...] = self._routers
         return routers
+
+    @property
+    def shared_projection(self) -> Projection | None:
+        """The projection that it was given; None where it has its own or none."""
+        shared: tuple[Projection, ...] = self._shared
+        return shared[0] if shared else None
+
+    def named_parameters(self) -> dict[str, mx.array]:
+        """All that it computes with, by the names that a predictor file uses."""
+        tensors = named(self, "predictor.")
+        if self.shared_projection is not None:
+            tensors |= named(self.shared_projection, "predictor.projection.")
+        for d, router in enumerate(self.routers):
+            tensors |= named(router, f"routers.{d}.")
+        return tensors
 
     def __call__(
         self, h: mx.array, previous: mx.array | None = None, context: mx.array | None = None
@@ -178,6 +132,8 @@ class ExpertPredictor(nn.Module):
 
     def _mlp(self, h: mx.array, previous: mx.array | None, context: mx.array | None) -> mx.array:
         config = self.config
+        if config.trunk_rank:
+            h = self._shared[0](h) if self._shared else self.projection(h)
         x = self.trunk(h)
         if context is not None:
             x = x + context
@@ -209,18 +165,24 @@ class ExpertPredictor(nn.Module):
         return top_k_ids(self(h, previous, context), k)
 
     def quantized(
-        self, bits: int, group_size: int = 64, routers: Sequence[Router] | None = None
+        self,
+        bits: int,
+        group_size: int = 64,
+        routers: Sequence[Router] | None = None,
+        projection: Projection | None = None,
     ) -> ExpertPredictor:
         """A copy with its matrices in MLX's affine format, routers included (see `nn.quantize`).
 
-        A matrix whose input width is no multiple of `group_size` stays as it is. `routers`:
-        quantised already, where a bundle's layers share them.
+        A matrix whose input width is no multiple of `group_size` stays as it is. `routers` and
+        `projection`: quantised already, where a bundle's layers share them.
         """
         if self.quantization:
             raise ValueError(f"[ExpertPredictor] is quantised already: {self.quantization}")
         if routers is None:
             routers = [router.quantized(bits, group_size) for router in self.routers]
-        copy = ExpertPredictor(self.config, routers)
+        if projection is None and self.shared_projection is not None:
+            projection = self.shared_projection.quantized(bits, group_size)
+        copy = ExpertPredictor(self.config, routers, projection)
         copy.update(self.parameters())
         copy.quantization = quantize(copy, bits, group_size)
         return copy
@@ -237,15 +199,12 @@ class ExpertPredictor(nn.Module):
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write to a safetensors file, configuration in its metadata; `bits` 4 or 8 quantises."""
         predictor = self if bits is None else self.quantized(bits)
-        tensors = named(predictor, "predictor.")
-        for d, router in enumerate(predictor.routers):
-            tensors |= named(router, f"routers.{d}.")
         metadata: dict[str, Any] = {
             "config": dataclasses.asdict(self.config),
             "routers": [dataclasses.asdict(router.config) for router in self.routers],
             "quantization": predictor.quantization and dataclasses.asdict(predictor.quantization),
         }
-        write_tensors(path, tensors, "predictor", metadata)
+        write_tensors(path, predictor.named_parameters(), "predictor", metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertPredictor:

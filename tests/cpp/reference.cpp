@@ -35,7 +35,9 @@ RandomPredictor::RandomPredictor(const PredictorConfig& config, unsigned seed, c
   const auto deviation = [](size_t n) { return 1.0f / std::sqrt(static_cast<float>(n)); };
   weights_.config = config;
   if (config.has_mlp()) {
-    weights_.trunk.weight = tensor(inner, hidden, deviation(hidden));
+    const auto inputs = static_cast<size_t>(config.trunk_inputs());
+    if (config.has_projection()) weights_.projection.weight = tensor(inputs, hidden, deviation(hidden));
+    weights_.trunk.weight = tensor(inner, inputs, deviation(inputs));
     weights_.heads.weight = tensor(lookahead * experts, inner, deviation(inner));
     if (biases) weights_.trunk.bias = tensor(1, inner, 0.3f);
     if (biases) weights_.heads.bias = tensor(1, lookahead * experts, 0.3f);
@@ -79,10 +81,17 @@ std::vector<double> RandomPredictor::trunk(const Query& query, size_t token) con
   const auto experts = static_cast<size_t>(c.num_experts);
   const size_t outputs = static_cast<size_t>(c.lookahead) * experts;
   const float* x = static_cast<const float*>(query.hidden) + token * hidden;
-  const std::vector<double> input(x, x + hidden);
+  std::vector<double> input(x, x + hidden);
+  if (c.has_projection()) {
+    const std::vector<double> state = input;
+    input.resize(static_cast<size_t>(c.trunk_rank));
+    for (size_t r = 0; r < input.size(); ++r) {
+      input[r] = dot(floats(weights_.projection.weight) + r * hidden, state.data(), hidden);
+    }
+  }
   std::vector<double> z(inner);
   for (size_t r = 0; r < inner; ++r) {
-    z[r] = dot(floats(weights_.trunk.weight) + r * hidden, input.data(), hidden);
+    z[r] = dot(floats(weights_.trunk.weight) + r * input.size(), input.data(), input.size());
     if (weights_.trunk.bias) z[r] += floats(weights_.trunk.bias)[r];
     if (query.context != nullptr) z[r] += query.context[token * inner + r];
     if (query.previous == nullptr) continue;

@@ -87,6 +87,22 @@ TEST_CASE("every kernel and format computes the formula, at odd sizes and batche
   }
 }
 
+TEST_CASE("a trunk of any rank takes part, beside routers, at odd sizes and batches") {
+  const int sizes[][3] = {{1, 1, 1}, {100, 33, 5}, {64, 16, 64}, {257, 129, 70}, {300, 40, 513}};
+  for (const auto& s : sizes) {
+    for (const int tokens : {1, 3, 65}) {
+      PredictorConfig c = config(s[0], s[1], 20, 2);
+      c.trunk_rank = s[2];
+      c.terms = {Term::mlp, Term::mlp_gate};
+      RandomPredictor random(c, static_cast<unsigned>(s[2] + tokens));
+      const std::vector<float> x = random.values(static_cast<size_t>(s[0] * tokens), 1);
+      CAPTURE(s[2]);
+      CAPTURE(tokens);
+      check_all(random, query_of(x, tokens));
+    }
+  }
+}
+
 TEST_CASE("layer norm, relu, previous experts and context take part") {
   PredictorConfig c = config(96, 48, 20, 3);
   c.layer_norm = true;
@@ -187,6 +203,27 @@ TEST_CASE("predictors packed together share routers and give the same logits") {
   CHECK(logits(packed[1], query_of(x, 1)) == logits(Predictor(sharing, {Format::int8, 1, 64}), query_of(x, 1)));
 }
 
+TEST_CASE("predictors packed together share a projection: one copy, the same logits") {
+  PredictorConfig c = config(128, 32, 24, 2);
+  c.trunk_rank = 48;
+  RandomPredictor first(c, 31);
+  RandomPredictor second(c, 32);
+  PredictorWeights sharing = second.weights();
+  sharing.projection = first.weights().projection;
+  for (const Format format : kFormats) {
+    const PredictorOptions options{format, 2, 64};
+    const std::vector<Predictor> packed = Predictor::pack({first.weights(), sharing, second.weights()}, options);
+    const auto projection = [&](size_t i) { return packed[i].packed().projection.panels.data; };
+    CHECK(projection(0) == projection(1));
+    CHECK(projection(0) != projection(2));
+    CHECK(packed[1].projection_bytes() > 0);
+    CHECK(packed[1].projection_bytes() < packed[1].weight_bytes());
+    const std::vector<float> x = first.values(128, 1);
+    CHECK(logits(packed[1], query_of(x, 1)) == logits(Predictor(sharing, options), query_of(x, 1)));
+    CHECK(logits(packed[1], query_of(x, 1)) != logits(packed[2], query_of(x, 1)));
+  }
+}
+
 TEST_CASE("bad queries and weights are refused with the rule and the value") {
   RandomPredictor random(config(64, 16, 40, 2), 19);
   const Predictor predictor(random.weights());
@@ -202,6 +239,14 @@ TEST_CASE("bad queries and weights are refused with the rule and the value") {
   bad.trunk.weight.columns = 63;
   CHECK_THROWS_WITH_AS(Predictor{bad}, doctest::Contains("trunk.weight must be [16, 64], but is [16, 63]"),
                        std::invalid_argument);
+  bad = random.weights();
+  bad.config.trunk_rank = 8;
+  CHECK_THROWS_WITH_AS(Predictor{bad}, doctest::Contains("projection.linear.weight is missing"), std::invalid_argument);
+  bad.projection = random.weights().trunk;
+  CHECK_THROWS_WITH_AS(Predictor{bad}, doctest::Contains("projection.linear.weight must be [8, 64], but is [16, 64]"),
+                       std::invalid_argument);
+  bad.config.trunk_rank = -1;
+  CHECK_THROWS_WITH_AS(Predictor{bad}, doctest::Contains("trunk_rank must be 0"), std::invalid_argument);
   CHECK_THROWS_AS(Predictor(random.weights(), {Format::int4, 0, 64}), std::invalid_argument);
   CHECK_THROWS_AS(Predictor(random.weights(), {Format::int4, 1, 48}), std::invalid_argument);
   CHECK_THROWS_WITH_AS(parse_format("int3"), doctest::Contains("not 'int3'"), std::invalid_argument);

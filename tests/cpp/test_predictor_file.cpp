@@ -9,6 +9,7 @@
 #include <fstream>
 #include <random>
 
+#include "mlx_od_moe/forward.h"
 #include "mlx_od_moe/json.h"
 #include "mlx_od_moe/safetensors.h"
 
@@ -109,6 +110,34 @@ TEST_CASE("files that contradict themselves are refused with their name and the 
   check_refused(replaced("predictor.heads.weight", "predictor.heads.wight_"), "heads.weight is missing");
   check_refused(replaced("\\\"num_experts\\\": 3", "\\\"num_experts\\\": 0"), "num_experts must be");
   CHECK_THROWS_WITH_AS(load_predictor("/nonexistent/file"), doctest::Contains("no such"), std::invalid_argument);
+}
+
+TEST_CASE("a bundle's layers may share a projection; without one a trunk of low rank is refused") {
+  const std::string config = std::string(R"({\"trunk_rank\": 3, )") + (kConfig + 1);
+  const auto bundle = [&](const std::string& shared) {
+    const auto layer = [&](const std::string& n, int at) {
+      const auto offsets = [&](int from, int to) {
+        return "[" + std::to_string(at + from) + ", " + std::to_string(at + to) + "]";
+      };
+      return R"(, "layers.)" + n + R"(.trunk.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": )" +
+             offsets(0, 24) + R"(}, "layers.)" + n +
+             R"(.heads.weight": {"dtype": "F32", "shape": [3, 2], "data_offsets": )" + offsets(24, 48) + "}";
+    };
+    return safetensors(
+        std::string(R"({"__metadata__": {"format": "mlx-od-moe-predictor", "version": "1", "kind": "bundle", )") +
+            R"("quantization": "null", "routers": "{}", "moe_layers": "[0, 1, 2]", "layers": "{\"0\": )" + config +
+            R"(, \"1\": )" + config + R"(}"}, ")" + shared +
+            R"(": {"dtype": "F32", "shape": [3, 4], "data_offsets": [96, 144]})" + layer("0", 0) + layer("1", 48) + "}",
+        144);
+  };
+  const File file(bundle("projection.linear.weight"));
+  const PredictorBundle loaded = PredictorBundle::load(file.path(), {Format::f32, 1, 64});
+  CHECK(loaded.at(0).config().trunk_rank == 3);
+  CHECK(loaded.at(0).packed().projection.panels.data == loaded.at(1).packed().projection.panels.data);
+  CHECK(loaded.at(0).packed().trunk.panels.data != loaded.at(1).packed().trunk.panels.data);
+  const File lacking(bundle("layers.0.projection.linear.weight"));
+  CHECK_THROWS_WITH_AS(PredictorBundle::load(lacking.path()), doctest::Contains("projection.linear.weight is missing"),
+                       std::invalid_argument);
 }
 
 TEST_CASE("no damaged file does worse than throw") {

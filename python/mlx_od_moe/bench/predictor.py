@@ -21,7 +21,8 @@ from tqdm import tqdm
 from .._ext import ReadProbe, time_predict
 from ..native_predictor import FORMATS, NativePredictor
 from ..predictor_bundle import PredictorBundle
-from ..shadow_model import ExpertPredictor, PredictorConfig
+from ..predictor_config import PredictorConfig
+from ..shadow_model import ExpertPredictor
 from .peers import PEERS, Maker, Matrices
 from .timing import Run, blas_threads, in_turns, machine, summary, timed_in_turn
 

@@ -1,4 +1,7 @@
-"""Trains all layers' predictors together: with a context they share their targets' memories."""
+"""Trains all layers' predictors together, where they share parameters.
+
+With a context they share their targets' memories, and the projection if asked for.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .._blas import one_blas_thread
 from ..context import TokenMemory
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
+from ..projection import Projection
 from ..shadow_model import ExpertPredictor
 from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer
@@ -54,7 +58,7 @@ class BundleFit:
         self._streams = _streams(min(streams, self._batch))
         self._modules: dict[str, nn.Module] = {
             f"{kind}.{name}": module
-            for kind in ("predictors", "memories")
+            for kind in ("predictors", "memories", "projections")
             for name, module in model[kind].items()
         }
         self._optimizers = {name: self._optimizer() for name in self._modules}
@@ -186,14 +190,20 @@ def train_together(
     lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
-    assert context is not None
+    suffix = "" if context is None else "+context"
     targets = {layer: trainer.targets(layer) for layer in layers}
-    candidates = {layer: trainer.candidate_with_context(layer) for layer in layers}
-    predictors = {n: trainer.build(n, targets[n], candidates[n]) for n in layers}
-    model = SharedPredictors(predictors, targets, context, info.hidden_size)
+    candidates = {layer: trainer.candidate_together(layer) for layer in layers}
+    projection = None
+    if trainer.options.share_trunk:
+        mx.random.seed(trainer.options.fit.seed)
+        projection = Projection(info.hidden_size, trainer.options.trunk_rank)
+    predictors = {n: trainer.build(n, targets[n], candidates[n], projection) for n in layers}
+    model = SharedPredictors(predictors, targets, context, info.hidden_size, projection)
     needed = sorted({*layers, *(t for ahead in targets.values() for t in ahead)})
     training, validation = (
-        SequenceBlocks(info, needed, context.rows, documents, trainer.memory_bytes)
+        SequenceBlocks(
+            info, needed, context.rows if context else 0, documents, trainer.memory_bytes
+        )
         for documents in trainer.split
     )
     checkpoint = trainer.checkpoint / "together.safetensors"
@@ -211,10 +221,10 @@ def train_together(
     chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
     reports = {
         layer: {
-            "candidate": candidates[layer] + "+context",
+            "candidate": candidates[layer] + suffix,
             "terms": chosen[layer].config.terms,
             "validation": final[layer].report(),
-            "candidates": {candidates[layer] + "+context": found[layer].at(info.top_k)}
+            "candidates": {candidates[layer] + suffix: found[layer].at(info.top_k)}
             | ({"gate": gate} if (gate := gates[layer]) else {}),
         }
         for layer in layers

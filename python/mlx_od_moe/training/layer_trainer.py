@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..context import ContextConfig
 from ..metrics import Recall
 from ..model_routers import LayerRouter, load_routers
+from ..predictor_config import PredictorConfig
+from ..projection import Projection
 from ..router import input_scale
-from ..shadow_model import ExpertPredictor, PredictorConfig
+from ..shadow_model import ExpertPredictor
 from .dataset import LayerDataset, split_documents
 from .fit import FitOptions, fit, measure
 from .traces import TraceInfo
@@ -36,10 +38,11 @@ DEFAULT_CANDIDATES = ("mlp", "mlp+gate", "mlp+gate+previous", "gate")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train, besides how (`fit`). `predictor_size` … `context`: see PredictorConfig.
+    """What to train, besides how (`fit`). `predictor_size` … `trunk_rank`: see PredictorConfig.
 
-    With a context all layers are trained together (bundle_trainer.py), as the candidate "mlp+gate",
-    or "mlp" where the routers are not known.
+    `share_trunk`: all layers have one projection. With that or a context all layers are trained
+    together (bundle_trainer.py), as the candidate "mlp+gate", or "mlp" where the routers are not
+    known.
     """
 
     predictor_size: int = 1024
@@ -48,11 +51,15 @@ class TrainingOptions:
     candidates: tuple[str, ...] = DEFAULT_CANDIDATES
     validation_fraction: float = 0.1
     context: ContextConfig | None = None
+    trunk_rank: int = 0
+    share_trunk: bool = False
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
         if isinstance(self.context, dict):  # as read from a file
             object.__setattr__(self, "context", ContextConfig(**self.context))
+        if self.share_trunk and not self.trunk_rank:
+            raise ValueError("[TrainingOptions] share_trunk needs a trunk_rank")
         unknown = set(self.candidates) - set(CANDIDATES)
         if unknown or not self.candidates:
             raise ValueError(
@@ -63,6 +70,11 @@ class TrainingOptions:
                 f"[TrainingOptions] validation_fraction must be between 0 and 1, "
                 f"got {self.validation_fraction}"
             )
+
+    @property
+    def together(self) -> bool:
+        """Whether layers share parameters."""
+        return self.share_trunk or self.context is not None
 
 
 @dataclass(frozen=True)
@@ -125,12 +137,13 @@ class LayerTrainer:
         """The layers that the layer's predictor is to speak of."""
         return list(self._dataset(layer, set()).targets)
 
-    def candidate_with_context(self, layer: int) -> str:
-        """What a layer with a context starts from: "mlp+gate", or "mlp" without known routers."""
+    def candidate_together(self, layer: int) -> str:
+        """What layers trained together start from: "mlp+gate", or "mlp" without known routers."""
         possible = [c for c in self.possible(self.targets(layer)) if c in ("mlp+gate", "mlp")]
         if not possible:
+            what = "a shared trunk" if self.options.context is None else "a context"
             raise ValueError(
-                "[TrainingOptions] a context goes with the candidates mlp+gate and mlp, got "
+                f"[TrainingOptions] {what} goes with the candidates mlp+gate and mlp, got "
                 f"{self.options.candidates}"
             )
         return "mlp+gate" if "mlp+gate" in possible else "mlp"
@@ -171,7 +184,13 @@ class LayerTrainer:
             )
         return possible
 
-    def build(self, layer: int, targets: Sequence[int], candidate: str) -> ExpertPredictor:
+    def build(
+        self,
+        layer: int,
+        targets: Sequence[int],
+        candidate: str,
+        projection: Projection | None = None,
+    ) -> ExpertPredictor:
         """A predictor with fresh weights, the same for the same seed."""
         term, previous = CANDIDATES[candidate]
         config = PredictorConfig(
@@ -185,11 +204,12 @@ class LayerTrainer:
             terms=(term,) * len(targets),
             previous_experts=previous,
             context=self.options.context,
+            trunk_rank=self.options.trunk_rank,
         )
         mx.random.seed(1_000_003 * self.options.fit.seed + layer)
         if not config.has_gate:
-            return ExpertPredictor(config)
-        return gate_predictor(config, layer, targets, self.routers)
+            return ExpertPredictor(config, projection=projection)
+        return gate_predictor(config, layer, targets, self.routers, projection)
 
     def _fit(
         self,
@@ -248,10 +268,14 @@ def train_layer(
 
 
 def gate_predictor(
-    config: PredictorConfig, layer: int, targets: Sequence[int], routers: Mapping[int, LayerRouter]
+    config: PredictorConfig,
+    layer: int,
+    targets: Sequence[int],
+    routers: Mapping[int, LayerRouter],
+    projection: Projection | None = None,
 ) -> ExpertPredictor:
     """A predictor that uses the target layers' routers, each behind its own norm."""
-    predictor = ExpertPredictor(config, [routers[target].router for target in targets])
+    predictor = ExpertPredictor(config, [routers[target].router for target in targets], projection)
     source = routers[layer].norm if layer in routers else None
     scales = [input_scale(source, routers[target].norm) for target in targets]
     ones = mx.ones((config.hidden_size,))
@@ -264,7 +288,8 @@ def _with_gate_alone(
 ) -> ExpertPredictor:
     """The same predictor with gate lookahead alone at those distances (0 is the next layer)."""
     terms = tuple("gate" if d in distances else t for d, t in enumerate(predictor.config.terms))
-    result = ExpertPredictor(dataclasses.replace(predictor.config, terms=terms), gate.routers)
+    config = dataclasses.replace(predictor.config, terms=terms)
+    result = ExpertPredictor(config, gate.routers, predictor.shared_projection)
     own = dict(tree_flatten(predictor.parameters()))
     kept = [(name, own[name]) for name, _ in tree_flatten(result.parameters()) if name in own]
     result.gate_input_scale = gate.gate_input_scale

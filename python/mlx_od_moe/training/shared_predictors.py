@@ -1,4 +1,4 @@
-"""The predictors of all layers and the memories that they share, as one model; its recall."""
+"""The predictors of all layers and what they share, as one model; its recall."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..confidence import Confidence
 from ..context import ContextConfig, TokenMemory
 from ..metrics import Recall
+from ..projection import Projection
 from ..shadow_model import ExpertPredictor
 from .fit import Shares, rows_of
 from .sequence_blocks import Block, SequenceBlocks
@@ -25,20 +26,27 @@ def name_of(layer: int) -> str:
 
 
 class SharedPredictors(nn.Module):
-    """The predictors of all layers and the memories that they read, as one set of parameters."""
+    """The predictors of all layers and what they share, as one set of parameters.
+
+    Without a `context` there are no memories. `projection`: the one that the predictors were given.
+    """
 
     def __init__(
         self,
         predictors: Mapping[int, ExpertPredictor],
         targets: Mapping[int, Sequence[int]],
-        context: ContextConfig,
+        context: ContextConfig | None,
         hidden_size: int,
+        projection: Projection | None = None,
     ):
         super().__init__()
         self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
         self.predictors = {name_of(layer): p for layer, p in predictors.items()}
-        remembered = sorted({target for ahead in targets.values() for target in ahead})
-        self.memories = {name_of(layer): TokenMemory(context, hidden_size) for layer in remembered}
+        self.memories = {}
+        if context is not None:
+            remembered = sorted({target for ahead in targets.values() for target in ahead})
+            self.memories = {name_of(n): TokenMemory(context, hidden_size) for n in remembered}
+        self.projections = {} if projection is None else {"shared": projection}
 
     @property
     def targets(self) -> dict[int, list[int]]:

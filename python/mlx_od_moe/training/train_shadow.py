@@ -95,7 +95,7 @@ def _train(
 ) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
     """Predictors, memories and reports by layer."""
     reports: dict[int, dict[str, Any]] = {}
-    if trainer.options.context is not None:
+    if trainer.options.together:
         work = trainer.options.fit.epochs * trainer.training_tokens
         with progress_bar(work, "train", "token", progress) as bar:
             predictors, memories, reports = train_together(trainer, layers, jobs, bar.update)
