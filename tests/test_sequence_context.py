@@ -213,6 +213,28 @@ def test_a_token_that_was_left_out_is_seen_by_none():
         assert error(found[layer][0], expected) < 1e-5
 
 
+def test_what_was_trimmed_is_not_seen_across_a_gap():
+    natives = make_bundle(ContextConfig(6, 4, 3)).native("f32")
+    states, old = make_states(3, 1), make_states(3, 2)
+    bad = np.full((1, HIDDEN), np.nan, np.float32)
+    found = []
+    for trims in (False, True):
+        player = Player(natives)
+        player.play(states, 0, 1)
+        if trims:
+            player.play(old, 1, 3)
+            player.context.trim(2)
+        for layer in LAYERS:
+            if layer == 2:
+                with pytest.raises(ValueError, match="not finite"):
+                    player.context.observe(layer, bad)
+            else:
+                player.context.observe(layer, states[layer][1:2])
+        found.append(player.play(states, 2, 3))
+    for layer, logits in found[0].items():
+        np.testing.assert_allclose(found[1][layer], logits, atol=1e-6)
+
+
 def test_memory_is_bounded():
     bundle = make_bundle(ContextConfig(256, 64, 64))
     context = SequenceContext(bundle.native("int4"))
