@@ -5,6 +5,7 @@
 #include <cmath>
 #include <thread>
 
+#include "mlx_od_moe/forward.h"
 #include "reference.h"
 
 using namespace mlx_od_moe;
