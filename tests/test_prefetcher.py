@@ -1,5 +1,6 @@
 """Prefetches beside a running model: never a different result, judged, switched off and on."""
 
+import dataclasses
 import logging
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import mlx_od_moe
 import packed_experts
 from checkpoints import model_directory
 from mlx_od_moe import ExpertPredictor, ExpertStore, PredictorBundle, PredictorConfig
+from mlx_od_moe.context import ContextConfig, TokenMemory
 from mlx_od_moe.guard import FIRST_PAUSE, TURN, Guard
 from mlx_od_moe.model_routers import read_routers
 from test_offload import assert_no_lease, assert_same_logits, tokens
@@ -43,6 +45,33 @@ def test_predictions_change_no_bit(guarded):
         assert set(report["prediction"]["recall_at_k"]) == {1, 2, 3, 4}
         store = report["store"]
         assert store["lookups"] == store["hits"] + store["late"] + store["misses"]
+        assert_no_lease(runtime)
+
+
+def add_context(bundle):
+    """The same predictors, with contexts that nobody trained either."""
+    context = ContextConfig(window=5, key_size=8, state_size=8)
+    predictors = {
+        layer: ExpertPredictor(dataclasses.replace(p.config, context=context))
+        for layer, p in bundle.items()
+    }
+    memories = {n: TokenMemory(context, 192) for layer in bundle for n in bundle.targets(layer)}
+    return PredictorBundle(bundle.moe_layers, predictors, memories=memories)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_contexts_are_kept_up_and_change_no_bit(sequences):
+    path = model_directory("nano-moe")
+    stock = load_stock(str(path))[0]
+    model, _, runtime = mlx_od_moe.load(path, add_context(make_bundle()), "25%", guarded=False)
+    with runtime:
+        for _ in range(2):  # a second prompt on the same model
+            prompt = mx.concatenate([tokens(20, seed=i) for i in range(sequences)])
+            assert_same_logits(stock, model, prompt, steps=10)
+        runner = runtime.report()["prediction"]["runner"]
+        # Prompt and ten tokens, twice, at all eight layers: the last one leaves something too.
+        assert runner["submitted"] >= 2 * 11 * 7
+        assert runtime.report()["prediction"]["recall_at_k"].keys() == {1, 2, 3, 4}
         assert_no_lease(runtime)
 
 

@@ -47,6 +47,8 @@ class ShadowPrefetcher:
         self._sources: dict[int, list[int]] = {}
         self._last: dict[int, NDArray[np.int32]] = {}
         self._lock = Lock()
+        self._context = None if bundle is None else bundle.context
+        self._gap, self._step = False, -1  # whether the context missed tokens; what it saw last
         if bundle is None:
             return
         # Of layers that are resident as a whole nothing is to be read.
@@ -76,9 +78,30 @@ class ShadowPrefetcher:
             return
         rows = hidden.shape[:-1]
         with self._lock:
-            if predict and layer in self._sources and _is_decoding(rows):
+            if self._context is not None and self._sources:
+                if predict:
+                    hidden = self._for_context(self._runner, hidden, step)
+                    self._predict(self._runner, layer, hidden, step)
+                else:
+                    self._gap = True  # what comes after it must not be taken for what follows
+            elif predict and layer in self._sources and _is_decoding(rows):
                 self._predict(self._runner, layer, hidden, step)
             self._last[layer] = ids.reshape(*rows, ids.shape[-1])[..., -1:, :]
+
+    def _for_context(self, runner: ShadowRunner, hidden: mx.array, step: int) -> mx.array:
+        """What the runner is to see, [tokens, hidden_size], of the sequence that it remembers.
+
+        A prompt starts it anew, with as many of its last tokens as a context reads. Of several
+        sequences none is remembered: their tokens are predicted for as if they were the first.
+        """
+        assert self._context is not None
+        tokens = hidden.shape[-2] if hidden.ndim > 2 else 1
+        several = hidden.size != tokens * hidden.shape[-1]
+        if several or self._gap or (tokens > 1 and step != self._step):
+            runner.reset()
+        self._gap, self._step = False, step
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return hidden if several else hidden[-self._context.rows :]
 
     def _predict(self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int) -> None:
         try:
@@ -90,7 +113,7 @@ class ShadowPrefetcher:
 
     def _previous_experts(self, layer: int, hidden: mx.array) -> NDArray[np.int32] | None:
         """Of the token before at the layers ahead [..., lookahead, top_k]; None: not known."""
-        if layer not in self._previous:
+        if layer not in self._previous or self._context is not None:
             return None
         known = [self._last.get(target) for target in self._sources[layer]]
         shape = hidden.shape[:-1]
