@@ -21,9 +21,9 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/predictor_file.cpp
   cpp/mlx_od_moe/prefetch_policy.cpp
   cpp/mlx_od_moe/prefetcher.cpp
+  cpp/mlx_od_moe/read_probe.cpp
   cpp/mlx_od_moe/request_schedule.cpp
   cpp/mlx_od_moe/resident_experts.cpp
-  cpp/mlx_od_moe/read_probe.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/shadow_runner.cpp

@@ -310,5 +310,5 @@ mx.eval, mx.async_eval and mx.compile; it has no gradient. States that are not f
                    "mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | None = None) -> "
                    "mlx.core.array"),
            "Expert ids [..., lookahead, k] (uint32), best first.");
-  bind_others(m);
+  bind_parts(m);
 }

@@ -4,14 +4,14 @@
 #include <nanobind/nanobind.h>
 
 void bind_expert_file(nanobind::module_& m);
+void bind_bench(nanobind::module_& m);
 void bind_expert_store(nanobind::module_& m);
 void bind_offload(nanobind::module_& m);
-void bind_bench(nanobind::module_& m);
 void bind_prediction_queue(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
 void bind_simulator(nanobind::module_& m);
 
-inline void bind_others(nanobind::module_& m) {
+inline void bind_parts(nanobind::module_& m) {
   bind_bench(m);
   bind_expert_file(m);
   bind_expert_store(m);

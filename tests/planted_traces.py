@@ -31,11 +31,13 @@ def plant(
     rows: int = 30,
     with_routers: bool = True,
     seed: int = 0,
+    carry: float = 0.0,
 ) -> TraceInfo:
     """`shards` of `sequences` each (a document apiece) of about `rows` tokens.
 
     Each layer's state is the one before, turned by a fixed rotation and a little noise, so its own
-    router looks ahead well and a learned map better. Sequences differ in length.
+    router looks ahead well and a learned map better. `carry`: the share of the previous token's
+    state that each layer's adds, unseen by the layers before. Sequences differ in length.
     """
     rng = np.random.default_rng(seed)
     weights = {layer: rng.standard_normal((EXPERTS, HIDDEN)).astype(np.float32) for layer in layers}
@@ -67,6 +69,8 @@ def plant(
                 experts[layer] = np.argsort(-scores, axis=1)[:, :TOP_K].astype(np.int16)
                 noise = rng.standard_normal(state.shape).astype(np.float32)
                 state = state @ turn + 0.1 * noise
+                for i in range(1, n if carry else 0):
+                    state[i] += carry * state[i - 1]
             tokens = rng.integers(0, 100, n).astype(np.int32)
             shard.add(tokens, document, np.full(n, PREFILL, np.uint8), states, experts)
             document += 1

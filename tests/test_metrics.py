@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_od_moe.metrics import Recall, compute_top_k_accuracy, hits, mean_over_layers, rank
+from mlx_od_moe.metrics import (
+    Recall,
+    absent,
+    compute_top_k_accuracy,
+    hits,
+    mean_over_layers,
+    rank,
+)
 
 
 @st.composite
@@ -125,3 +132,49 @@ def test_the_mean_over_layers_counts_only_layers_that_reach_the_distance():
     reports = [{"recall_at_k": [0.2, 0.4]}, {"recall_at_k": [0.6]}]
     assert mean_over_layers(reports) == {"recall_at_k": [pytest.approx(0.4), pytest.approx(0.4)]}
     assert mean_over_layers([]) == {}
+
+
+@settings(max_examples=100, deadline=None)
+@given(routing=routings(), seed=st.integers(0, 2**32))
+def test_exact_sets_and_shares_equal_counting_by_hand(routing, seed):
+    scores, chosen = routing
+    tokens, lookahead, top_k = chosen.shape
+    weights = np.random.default_rng(seed).random(chosen.shape)
+    recall = Recall(lookahead, top_k)
+    recall.add(rank(scores, recall.ranks), chosen, {"some": weights})
+    report = recall.report()
+    for d in range(lookahead):
+        exact, found, total = 0, {top_k: 0.0, 2 * top_k: 0.0}, 0.0
+        for token in range(tokens):
+            best = [int(e) for e in np.argsort(-scores[token, d])]
+            truth = {int(e) for e in chosen[token, d] if e >= 0}
+            exact += truth <= set(best[:top_k])
+            for expert, weight in zip(chosen[token, d], weights[token, d], strict=True):
+                total += weight * (expert >= 0)
+                for n in found:
+                    found[n] += weight * (expert >= 0 and int(expert) in best[:n])
+        assert report["exact_set_rate"][d] == pytest.approx(exact / tokens)
+        for name, n in (("k", top_k), ("2k", 2 * top_k)):
+            expected = found[n] / max(total, 1e-30)
+            assert report[f"some_recall_at_{name}"][d] == pytest.approx(expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    capacity=st.integers(3, 9),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+    blank=st.booleans(),
+)
+def test_absent_is_what_an_lru_cache_misses(capacity, tokens, seed, blank):
+    rng = np.random.default_rng(seed)
+    chosen = np.stack([rng.permutation(9)[:3] for _ in range(tokens)])
+    if blank:
+        chosen[rng.random(chosen.shape) < 0.3] = -1
+    held: list[int] = []
+    expected = []
+    for ids in chosen:
+        expected.append([e >= 0 and e not in held for e in ids])
+        used = [int(e) for e in ids if e >= 0]
+        held = ([e for e in held if e not in used] + used)[-capacity:]
+    np.testing.assert_array_equal(absent(chosen, 9, capacity), expected)

@@ -68,10 +68,21 @@ void Prefetcher::take(const PredictionRecord& record) {
   bool reads = false;
   {
     const std::lock_guard lock(mutex_);
-    reads = keep(layers_[index(record.target_layer)].distances[d], record, count);
+    Layer& layer = layers_[index(record.target_layer)];
+    check(layer, {ids.data(), count});
+    reads = keep(layer.distances[d], record, count);
   }
   if (reads && count > 0) {
     store_->prefetch(record.target_layer, std::span(ids.data(), count), std::span(likely.data(), count), record.step);
+  }
+}
+
+void Prefetcher::check(const Layer& layer, std::span<const int32_t> ids) {
+  for (int32_t id : ids) {
+    if (id >= 0 && static_cast<size_t>(id) < layer.uses.size()) continue;
+    throw std::invalid_argument("[Prefetcher] layer " + std::to_string(layer.distances.front().recall.layer) +
+                                ": expert ids must be 0 ... " + std::to_string(layer.uses.size() - 1) + ", got " +
+                                std::to_string(id));
   }
 }
 
@@ -96,10 +107,11 @@ bool Prefetcher::keep(Distance& distance, const PredictionRecord& record, size_t
 void Prefetcher::reached(int layer, std::span<const int32_t> ids, uint64_t step) {
   const std::lock_guard lock(mutex_);
   Layer& at = layers_[index(layer)];
+  check(at, ids);
   ++calls_;
   size_t chosen = 0;
   for (int32_t id : ids) {
-    uint64_t& seen = at.chosen.at(static_cast<size_t>(id));
+    uint64_t& seen = at.chosen[static_cast<size_t>(id)];
     if (std::exchange(seen, calls_) == calls_) continue;
     ++at.uses[static_cast<size_t>(id)];
     ++chosen;

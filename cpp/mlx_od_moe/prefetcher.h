@@ -90,6 +90,7 @@ class MLX_OD_MOE_API Prefetcher {
   };
 
   void take(const PredictionRecord& record);
+  static void check(const Layer& layer, std::span<const int32_t> ids);
   // Whether to prefetch.
   bool keep(Distance& distance, const PredictionRecord& record, size_t count);
   void judge(Layer& layer, Distance& distance, size_t chosen);

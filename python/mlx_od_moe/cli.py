@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import bench
 
 if TYPE_CHECKING:
+    from .context import ContextConfig
     from .model_routers import LayerRouter
 
 INTERRUPTED = 130
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cmake-dir", action="store_true", help="print where the CMake package lies, for C++"
     )
-    from . import simulate_command
+    from . import generate_command, simulate_command
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, add, run, text in (
@@ -66,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
             simulate_command.add_flags,
             simulate_command.run,
             "replay routing: what would a machine wait for?",
+        ),
+        (
+            "generate",
+            generate_command.add_flags,
+            generate_command.run,
+            "generate text with a model whose experts stay on disk",
         ),
         ("demo", _demo_flags, _demo, "all of it on the small model that ships, in two minutes"),
     ):
@@ -122,9 +129,13 @@ def _train_flags(flag: Any) -> None:
     flag("--predictor-size", type=int, default=1024, help="width of the inner layer")
     flag("--activation", choices=("relu", "silu"), default="relu")
     flag("--layer-norm", action="store_true")
+    flag("--context", choices=("none", "state", "attention"), default="none", help=f"{from_fit}")
+    flag("--window", type=int, default=64, help="earlier tokens that attention sees")
+    flag("--key-size", type=int, default=64, help="width of attention's keys and values")
+    flag("--state-size", type=int, default=64, help="width of the previous token's encoded state")
     flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
-    flag("--epochs", type=int, default=20)
-    flag("--batch-size", type=int, default=256)
+    flag("--epochs", type=int, default=None, help="default: 20, with a context 8")
+    flag("--batch-size", type=int, default=None, help="default: 256, with a context 4096")
     flag("--learning-rate", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=0.01)
     flag("--patience", type=int, default=3, help="epochs without a better validation recall")
@@ -140,14 +151,21 @@ def _train(options: argparse.Namespace) -> None:
     from .training import FitOptions, TrainingOptions, train_shadow_model
     from .training.layer_trainer import DEFAULT_CANDIDATES
 
-    names = ("loss", "epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
+    names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
+    context = _context(options)
+    epochs, batch_size = (20, 256) if context is None else (8, 4096)
     settings = TrainingOptions(
         predictor_size=options.predictor_size,
         activation=options.activation,
         layer_norm=options.layer_norm,
         candidates=tuple(options.candidates or DEFAULT_CANDIDATES),
         validation_fraction=options.validation_fraction,
-        fit=FitOptions(**{name: getattr(options, name) for name in names}),
+        context=context,
+        fit=FitOptions(
+            epochs=options.epochs or epochs,
+            batch_size=options.batch_size or batch_size,
+            **{name: getattr(options, name) for name in names},
+        ),
     )
     routers = options.model and _routers(options.model)
     bundle = train_shadow_model(
@@ -164,6 +182,16 @@ def _train(options: argparse.Namespace) -> None:
     for name, values in bundle.training["validation"].items():
         print(f"{name:16} " + " ".join(f"{x:.3f}" for x in values))
     print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
+
+
+def _context(options: argparse.Namespace) -> ContextConfig | None:
+    from .context import ContextConfig
+
+    if options.context == "none":
+        return None
+    attends = options.context == "attention"
+    window, key_size = (options.window, options.key_size) if attends else (0, 0)
+    return ContextConfig(window, key_size, options.state_size)
 
 
 def _evaluate_flags(flag: Any) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from . import baselines
-from .metrics import Recall, mean_over_layers, rank
-from .model_routers import load_routers
+from .confidence import Confidence
+from .metrics import Recall, absent, mean_over_layers, rank
+from .model_routers import LayerRouter, load_routers
 from .predictor_bundle import PredictorBundle
 from .progress import progress_bar
 from .shadow_model import ExpertPredictor
 from .training.dataset import LayerDataset
-from .training.fit import Scorer, inputs, measure
+from .training.fit import Scorer, Shares, inputs, measure
+from .training.sequence_blocks import Block, SequenceBlocks
+from .training.shared_predictors import block_logits, measure_blocks
 from .training.traces import TraceInfo, open_traces
 from .training.train_shadow import documents_of
 from .training.workers import Advance, run_layers
@@ -30,7 +35,11 @@ METHODS = (
     "gate_lookahead",
     "linear_probe",
     "predictor",
+    "true_state",
 )
+
+# Of a layer's experts: what a cache holds that recall on non-resident experts is measured beside.
+RESIDENT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,9 @@ class Split:
     fit_traces: TraceInfo | None
     fit_documents: set[int] | None
 
-    def dataset(self, layer: int) -> LayerDataset:
-        """The samples to measure on."""
-        return LayerDataset(self.traces, layer, self.documents)
+    def dataset(self, layer: int, routers: Mapping[int, LayerRouter] | None = None) -> LayerDataset:
+        """The samples to measure on; with routers, their probabilities too."""
+        return LayerDataset(self.traces, layer, self.documents, routers)
 
     def fit_dataset(self, layer: int) -> LayerDataset | None:
         """The samples to learn from."""
@@ -134,15 +143,55 @@ def _split(
 def _evaluate_layer(predictor: Path, split: Split, layer: int, advance: Advance) -> dict[str, Any]:
     bundle = PredictorBundle.load(predictor)
     dataset = split.dataset(layer)
-    scorers = _baselines(bundle[layer], split, layer) | {"predictor": _unpacked(bundle[layer])}
+    scorers = _baselines(bundle[layer], split, layer)
     top_k = split.traces.top_k
-    report = {n: measure(s, dataset, top_k).report() for n, s in scorers.items()}
+    routers = load_routers(split.routers)
+    shares = _shares(split, layer, routers)
+    report = {n: measure(s, dataset, top_k, shares).report() for n, s in scorers.items()}
+    if all(target in routers for target in dataset.targets):
+        report["true_state"] = _true_state(split, layer, routers, shares).report()
+    report["predictor"] = _measure(bundle, split, layer, shares).report()
     advance(1)
     result: dict[str, Any] = {"methods": report}
-    routers = load_routers(split.routers)
     if layer in routers:
         result["control"] = _own_router(routers[layer].router.scores, dataset, top_k)
     return result
+
+
+def _shares(split: Split, layer: int, routers: Mapping[int, LayerRouter]) -> Shares:
+    """What recall is also weighed by: what a small cache lacks, and the gate's mass."""
+    known = all(target in routers for target in split.dataset(layer).targets)
+    dataset = split.dataset(layer, routers if known else None)
+    parts: dict[str, list[Any]] = {}
+    capacity = max(split.traces.top_k, round(RESIDENT_SHARE * split.traces.num_experts))
+    for samples in dataset.groups():
+        missing = [
+            absent(samples.chosen[:, d], split.traces.num_experts, capacity)
+            for d in range(len(dataset.targets))
+        ]
+        parts.setdefault("non_resident", []).append(np.stack(missing, axis=1))
+        if known:
+            chosen = np.maximum(samples.chosen, 0).astype(np.int64)
+            mass = np.exp(np.take_along_axis(samples.log_probs, chosen, axis=-1))
+            parts.setdefault("gate_mass", []).append(mass)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _true_state(
+    split: Split, layer: int, routers: Mapping[int, LayerRouter], shares: Shares
+) -> Recall:
+    """The ceiling in practice: each target's own state, through its router at 4 bits."""
+    targets = split.dataset(layer).targets
+    tokens = {t: split.dataset(t).batches(4096) for t in targets}
+    quantised = {t: routers[t].router.quantized(4, 32) for t in targets}
+    for router in quantised.values():
+        dequantize_model(router)
+
+    def scores(h: mx.array, previous: mx.array) -> mx.array:
+        states = {t: inputs(next(tokens[t]))[0] for t in targets}
+        return mx.stack([quantised[t].scores(states[t]) for t in targets], axis=1)
+
+    return measure(scores, split.dataset(layer), split.traces.top_k, shares)
 
 
 def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str, Scorer]:
@@ -162,11 +211,25 @@ def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str
     return scorers
 
 
-def _unpacked(predictor: ExpertPredictor) -> ExpertPredictor:
-    """The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU."""
-    for module in (predictor, *predictor.routers):
+def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) -> Recall:
+    """The predictor's recall, with its context where it has one."""
+    predictor, targets = bundle[layer], bundle.targets(layer)
+    # The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU.
+    for module in (predictor, *predictor.routers, *bundle.memories.values()):
         dequantize_model(module)
-    return predictor
+    confidence = Confidence(len(targets))
+    if bundle.context is None:
+        top_k = split.traces.top_k
+        return measure(predictor, split.dataset(layer), top_k, shares, confidence)
+
+    def logits(block: Block) -> dict[int, mx.array]:
+        memories = {target: bundle.memories[target](block.states[target]) for target in targets}
+        return {layer: block_logits(predictor, layer, targets, memories, block)}
+
+    layers, before = [layer, *targets], bundle.context.rows
+    blocks = SequenceBlocks(split.traces, layers, before, split.documents)
+    found = measure_blocks(logits, {layer: targets}, blocks, shares, {layer: confidence})
+    return found[layer]
 
 
 def _own_router(scores: Any, dataset: LayerDataset, top_k: int) -> float:

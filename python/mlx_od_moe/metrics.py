@@ -8,12 +8,14 @@ are absent: neither hits nor misses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .confidence import Confidence
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -56,6 +58,25 @@ def compute_top_k_accuracy(scores: FloatArray, chosen: IntArray, k: int = 8) -> 
     return float(hits(rank(scores, k), chosen).sum() / max(1, possible))
 
 
+def absent(chosen: IntArray, num_experts: int, capacity: int) -> npt.NDArray[np.bool_]:
+    """Which chosen ids [tokens, top_k] a cache of `capacity` experts does not hold when demanded.
+
+    The cache starts empty, keeps the most recently used experts (LRU), and takes a token's experts
+    all at once. These are what a prediction is needed for: the rest is there without.
+    """
+    last_use = np.full(num_experts + 1, -1)
+    last_use[-1] = chosen.size  # of the id -1, which is never missing
+    missing = np.empty(chosen.shape, bool)
+    for i, ids in enumerate(chosen):
+        oldest = np.partition(last_use[:num_experts], num_experts - capacity)
+        kept_since = max(0, oldest[num_experts - capacity])
+        missing[i] = last_use[ids] < kept_since
+        # Distinct times, so that exactly `capacity` are the most recent.
+        last_use[ids] = i * chosen.shape[1] + np.arange(chosen.shape[1])
+        last_use[-1] = chosen.size
+    return missing
+
+
 @dataclass
 class Recall:
     """Counts hits as batches come, per distance.
@@ -70,23 +91,49 @@ class Recall:
     tokens: int = 0
     hit_counts: FloatArray = field(init=False)
     chosen_counts: FloatArray = field(init=False)
+    exact_sets: FloatArray = field(init=False)
+    # {name: [lookahead, 3]}: of what add's `shares` weigh, all, found among k and among 2k.
+    shares: dict[str, FloatArray] = field(default_factory=dict)
+    confidence: Confidence | None = None
 
     def __post_init__(self) -> None:
         self.hit_counts = np.zeros((self.lookahead, self.ranks))
         self.chosen_counts = np.zeros((self.lookahead, self.top_k))
+        self.exact_sets = np.zeros(self.lookahead)
 
     @property
     def ranks(self) -> int:
         """How many predicted ids the report looks at."""
         return max(2 * self.top_k, *ACCURACIES)
 
-    def add(self, predicted: IntArray, chosen: IntArray) -> None:
-        """Count a batch: predicted [tokens, lookahead, ≤ ranks], best first, and chosen ids."""
+    def add(
+        self, predicted: IntArray, chosen: IntArray, shares: Mapping[str, FloatArray] | None = None
+    ) -> None:
+        """Count a batch: predicted [tokens, lookahead, ≤ ranks], best first, and chosen ids.
+
+        `shares`: {name: weights of the chosen ids, 0 where they do not count}; the report then has
+        the share of that weight which was predicted.
+        """
         found = hits(predicted, chosen)
+        k = self.top_k
+        self.exact_sets += (found[..., :k].sum(axis=-1) == (chosen >= 0).sum(axis=-1)).sum(axis=0)
+        for name, weights in (shares or {}).items():
+            known = weights * (chosen >= 0)
+            among = [known, *(known * hits(chosen, predicted[..., :n]) for n in (k, 2 * k))]
+            counts = np.stack([part.sum(axis=(0, 2), dtype=np.float64) for part in among], axis=1)
+            self.shares[name] = self.shares.get(name, 0.0) + counts
         self.hit_counts[:, : found.shape[-1]] += found.sum(axis=0)
         number = (chosen >= 0).sum(axis=-1, keepdims=True)
         self.chosen_counts += (number > np.arange(self.top_k)).sum(axis=0)
         self.tokens += len(predicted)
+
+    def add_scores(
+        self, scores: FloatArray, chosen: IntArray, shares: Mapping[str, FloatArray] | None = None
+    ) -> None:
+        """Count a batch of scores [tokens, lookahead, num_experts]; for the rest see `add`."""
+        self.add(rank(scores, self.ranks), chosen, shares)
+        if self.confidence is not None:
+            self.confidence.add(scores, chosen)
 
     def at(self, n: int) -> list[float]:
         """recall@n for each distance."""
@@ -104,9 +151,15 @@ class Recall:
     def report(self) -> dict[str, list[float]]:
         """Every metric by name, each a list over the distances."""
         accuracies = {f"top_{n}_accuracy": self.top_n_accuracy(n) for n in ACCURACIES}
-        return {"recall_at_k": self.at(self.top_k), "recall_at_2k": self.at(2 * self.top_k)} | (
-            accuracies
-        )
+        report = {"recall_at_k": self.at(self.top_k), "recall_at_2k": self.at(2 * self.top_k)}
+        report["exact_set_rate"] = [float(x) for x in self.exact_sets / max(1, self.tokens)]
+        for name, counts in self.shares.items():
+            for i, n in enumerate(("k", "2k"), start=1):
+                share = counts[:, i] / np.maximum(counts[:, 0], 1e-30)
+                report[f"{name}_recall_at_{n}"] = [float(x) for x in share]
+        if self.confidence is not None:
+            report |= self.confidence.report(self.top_k)
+        return report | accuracies
 
 
 def mean_over_layers(reports: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:

@@ -41,7 +41,10 @@ def load_shell(file: ExpertFile) -> tuple[nn.Module, Any, list[MoELayer]]:
         names = {"sanitize": sanitize, "__module__": model_class.__module__}
         return type(model_class.__name__, (model_class,), names), arguments
 
-    model, config = load_model(file.path, lazy=True, get_model_classes=classes)
+    try:
+        model, config = load_model(file.path, lazy=True, get_model_classes=classes)
+    except ValueError as error:
+        raise ValueError(f"[load] {file.path}: {error}") from error
     model.__class__ = type(model).__bases__[0]
     tokenizer = load_tokenizer(file.path, eos_token_ids=config.get("eos_token_id"))
     return model, tokenizer, layers
@@ -50,13 +53,11 @@ def load_shell(file: ExpertFile) -> tuple[nn.Module, Any, list[MoELayer]]:
 def _checked(layers: list[MoELayer], file: ExpertFile) -> list[MoELayer]:
     own = [layer.index for layer in layers]
     if own != file.layers:
-        raise ValueError(
-            f"[load] {file.path}: the model has experts in layers {own}, its files in {file.layers}"
-        )
+        raise ValueError(f"the model has experts in layers {own}, its files in {file.layers}")
     for layer in layers:
         if layer.num_experts != file.num_experts(layer.index):
             raise ValueError(
-                f"[load] {file.path}: layer {layer.index} has {layer.num_experts} experts, its "
+                f"layer {layer.index} has {layer.num_experts} experts, its "
                 f"files {file.num_experts(layer.index)}"
             )
     return layers

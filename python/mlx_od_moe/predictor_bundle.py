@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .context import ContextConfig, TokenMemory
 from .native_predictor import NativePredictor, make_native_bundle
 from .predictor_file import Quantization, described_by, named, read_tensors, restore, write_tensors
 from .router import Router, RouterConfig
@@ -20,12 +21,13 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
 
     The predictor of the i-th MoE layer predicts the (i + 1)-th … (i + lookahead)-th; the last MoE
     layer has none. Predictors of neighbouring layers share the routers of their targets, so each is
-    kept and written once.
+    kept and written once; so are the memories that their contexts read.
 
     Args:
         moe_layers: all MoE layers of the model, in order.
         predictors: of those layers that have one.
         training: how they were trained, kept in the file; any JSON values.
+        memories: {MoE layer: its TokenMemory}, of all targets of predictors with a context.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         moe_layers: list[int],
         predictors: Mapping[int, ExpertPredictor],
         training: dict[str, Any] | None = None,
+        memories: Mapping[int, TokenMemory] | None = None,
     ):
         self.moe_layers = list(moe_layers)
         self.training = training or {}
+        self.memories = dict(sorted((memories or {}).items()))
         self._predictors = {layer: predictors[layer] for layer in sorted(predictors)}
         if not self._predictors:
             raise ValueError("[PredictorBundle] needs the predictor of at least one layer")
@@ -47,6 +51,54 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                     f"[PredictorBundle] layer {layer} predicts {predictor.config.lookahead} layers "
                     f"ahead, but only {self.targets(layer)} follow among {self.moe_layers}"
                 )
+        self._check_memories()
+
+    def _check_memories(self) -> None:
+        configs = {p.config.context for p in self._predictors.values() if p.config.has_context}
+        if len(configs) > 1:
+            raise ValueError(f"[PredictorBundle] layers share one context, got {configs}")
+        needed = {
+            target
+            for layer, predictor in self._predictors.items()
+            if predictor.config.has_context
+            for target in self.targets(layer)
+        }
+        if needed != set(self.memories):
+            raise ValueError(
+                f"[PredictorBundle] contexts read the memories of layers {sorted(needed)}, "
+                f"got those of {[*self.memories]}"
+            )
+
+    @property
+    def context(self) -> ContextConfig | None:
+        """The sizes that all contexts share; None where no predictor has one."""
+        return next(iter(self.memories.values())).config if self.memories else None
+
+    def context_vectors(
+        self, layer: int, h: mx.array, states: Mapping[int, mx.array], sequence: mx.array
+    ) -> mx.array | None:
+        """Context vectors [n, predictor_size] of the tokens of recorded sequences, in order.
+
+        Args:
+            layer: whose predictor they are for.
+            h: the tokens' states there, [n, hidden_size].
+            states: {target layer: its [n, hidden_size]}.
+            sequence: which sequence each token belongs to, int [n], none negative.
+
+        None where the layer's predictor has no context.
+        """
+        predictor = self[layer]
+        if self.context is None or not predictor.config.has_context:
+            return None
+        before = self.context.rows
+        memories = [
+            mx.pad(self.memories[target](states[target].astype(mx.float32)), [(before, 0), (0, 0)])
+            for target in self.targets(layer)
+        ]
+        own = mx.pad(sequence, [(before, 0)], constant_values=-1)
+        return predictor.context(
+            h.astype(mx.float32)[None], [memory[None] for memory in memories], own[None]
+        )[0]
 
     def __getitem__(self, layer: int) -> ExpertPredictor:
         return self._predictors[layer]
@@ -84,7 +136,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             layer: predictor.quantized(bits, group_size, shared(layer, predictor))
             for layer, predictor in self.items()
         }
-        return PredictorBundle(self.moe_layers, predictors, self.training)
+        memories = {layer: m.quantized(bits, group_size) for layer, m in self.memories.items()}
+        return PredictorBundle(self.moe_layers, predictors, self.training, memories)
 
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write all predictors to one safetensors file; `bits` 4 or 8 quantises."""
@@ -107,11 +160,14 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             tensors |= named(predictor, f"layers.{layer}.")
         for target, router in routers.items():
             tensors |= named(router, f"routers.{target}.")
+        for target, memory in self.memories.items():
+            tensors |= named(memory, f"memories.{target}.")
         quantization = next(iter(self.values())).quantization
         metadata = {
             "moe_layers": self.moe_layers,
             "layers": {layer: dataclasses.asdict(p.config) for layer, p in self.items()},
             "routers": {target: dataclasses.asdict(r.config) for target, r in routers.items()},
+            "memories": [*self.memories],
             "quantization": quantization and dataclasses.asdict(quantization),
             "training": self.training,
         }
@@ -136,4 +192,10 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                     config, [routers[target] for target in ahead] if config.has_gate else []
                 )
                 restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
-            return cls(moe_layers, predictors, metadata["training"])
+            memories = {}
+            sizes = {p.config.context: p.config.hidden_size for p in predictors.values()}
+            for target in metadata.get("memories", []):
+                context, hidden_size = next((c, n) for c, n in sizes.items() if c is not None)
+                memories[target] = TokenMemory(context, hidden_size)
+                restore(memories[target], tensors, f"memories.{target}.", quantization, path)
+            return cls(moe_layers, predictors, metadata["training"], memories)

@@ -13,6 +13,7 @@ LABELS = {
     "gate_lookahead": "gate lookahead",
     "linear_probe": "linear probe",
     "predictor": "shadow model",
+    "true_state": "true state, 4-bit router",
 }
 
 
@@ -22,12 +23,13 @@ def table(result: dict[str, Any]) -> str:
     distances = len(result["methods"]["predictor"]["recall_at_k"])
     heads = "".join(f"{f'd{d + 1}':>7}" for d in range(distances))
     rows = [
-        f"{'':22}{f'recall@{k}':<{7 * distances}}  recall@{2 * k}",
-        f"{'layers ahead':22}{heads}  {heads}",
+        f"{'':26}{f'recall@{k}':<{7 * distances}}  recall@{2 * k}",
+        f"{'layers ahead':26}{heads}  {heads}",
     ]
     for name, metrics in result["methods"].items():
         cells = ["".join(f"{x:7.3f}" for x in metrics[f"recall_at_{n}"]) for n in ("k", "2k")]
-        rows.append(f"{LABELS[name]:22}{'  '.join(cells)}")
+        rows.append(f"{LABELS[name]:26}{'  '.join(cells)}")
+    rows += _details(result["methods"]["predictor"], k)
     control, margin = result["control"].values(), result["margin"]
     rows.append(f"\n{result['samples']:,} tokens, mean over {len(result['layers'])} layers, ")
     rows[-1] += f"the model's top {k} of {result['num_experts']} experts."
@@ -39,6 +41,26 @@ def table(result: dict[str, Any]) -> str:
         lead = f"{margin['lead']:+.3f}"
         rows.append(f"The shadow model {verb} gate lookahead everywhere: {lead} at least {where}.")
     return "\n".join(rows)
+
+
+# The predictor's other metrics: label, name in the report.
+_DETAILS = (
+    ("  all {k} among {k}", "exact_set_rate", None),
+    ("  of the gate's mass", "gate_mass_recall_at_k", "gate_mass_recall_at_2k"),
+    ("  not in a 25 % LRU cache", "non_resident_recall_at_k", "non_resident_recall_at_2k"),
+    ("  by a threshold", "threshold_recall_at_k", "threshold_recall_at_2k"),
+    ("  calibration error", "calibration_error", None),
+)
+
+
+def _details(metrics: dict[str, list[float]], k: int) -> list[str]:
+    rows = []
+    for label, first, second in _DETAILS:
+        columns = [metrics[name] for name in (first, second) if name in metrics]
+        if columns:
+            cells = ["".join(f"{x:7.3f}" for x in column) for column in columns]
+            rows.append(f"{label.format(k=k):26}{'  '.join(cells)}")
+    return ["", "of the shadow model's:", *rows] if rows else []
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

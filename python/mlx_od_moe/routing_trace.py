@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from .native_predictor import NativePredictor, load_bundle
+from .predictor_bundle import PredictorBundle
 from .token_table import TokenTable
-from .training.dataset import read_array
+from .training.dataset import read_array, read_states
 from .training.traces import TraceInfo, open_traces
 
 Advance = Callable[[int], Any]
@@ -121,6 +123,7 @@ def predict_layers(
             "[simulate] a predictor needs hidden states, which routes alone do not hold: give a "
             "directory that collect wrote as the trace"
         )
+    bundle = PredictorBundle.load(predictor)
     for layer, native in load_bundle(str(predictor), format, 1).items():
         _check(native, info, layer, predictor)
         done = 0
@@ -128,7 +131,7 @@ def predict_layers(
             n = min(rows, len(trace.experts) - done)
             if n <= 0:
                 break
-            logits = _logits(native, shard, layer, n)
+            logits = _logits(native, bundle, shard, layer, n)
             source = info.moe_layers.index(layer) + 1
             into.put(slice(done, done + n), source, 1 / (1 + np.exp(-logits)))
             done += n
@@ -146,14 +149,30 @@ def _check(native: NativePredictor, info: TraceInfo, layer: int, path: str | Pat
         raise ValueError(f"[{path}] predicts from layer {layer}, which {info.path} does not have")
 
 
-def _logits(native: NativePredictor, shard: Path, layer: int, rows: int) -> NDArray[np.float32]:
+def _logits(
+    native: NativePredictor, bundle: PredictorBundle, shard: Path, layer: int, rows: int
+) -> NDArray[np.float32]:
     """[rows, lookahead, num_experts] of the first rows of a shard."""
     states = read_array(shard, f"hidden_states_{layer}")[:rows].astype(np.float32)
     chosen = read_array(shard, f"expert_choices_{layer}")[:rows, : native.lookahead]
     previous = np.full(chosen.shape, -1, np.int32)
     follows = np.flatnonzero(read_array(shard, "position")[1:rows] > 0) + 1
     previous[follows] = chosen[follows - 1]
-    return native.logits(states, previous=previous)
+    context = _context(bundle, shard, layer, states)
+    return native.logits(states, previous=previous, context=context)
+
+
+def _context(
+    bundle: PredictorBundle, shard: Path, layer: int, states: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    """What earlier tokens of a shard add, [rows, predictor_size]; None without a context."""
+    if bundle.context is None:
+        return None
+    rows = len(states)
+    ahead = {t: mx.array(read_states(shard, t)[:rows]) for t in bundle.targets(layer)}
+    sequence = mx.array(np.cumsum(read_array(shard, "position")[:rows] == 0).astype(np.int32))
+    vectors = bundle.context_vectors(layer, mx.array(states), ahead, sequence)
+    return None if vectors is None else np.array(vectors)
 
 
 def predict_tokens(

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .context import ContextConfig, ContextReader
 from .native_predictor import NativePredictor, make_native
 from .predictor_file import (
     Quantization,
@@ -42,6 +43,8 @@ class PredictorConfig:
         terms: per distance, what its logits are made of: "mlp", "mlp+gate" (plus the target
             layer's router on this layer's state) or "gate" (that alone). Default: all "mlp".
         previous_experts: the previous token's experts at the target layers are an input too.
+        context: sizes of what is read from earlier tokens' states at the target layers (see
+            context.py); None: nothing.
     """
 
     hidden_size: int = 4096
@@ -53,6 +56,7 @@ class PredictorConfig:
     layer_norm: bool = False
     terms: tuple[str, ...] = ()
     previous_experts: bool = False
+    context: ContextConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "predictor_size", "num_experts", "lookahead", "top_k"):
@@ -61,6 +65,8 @@ class PredictorConfig:
                     f"[PredictorConfig] {name} must be positive, got {getattr(self, name)}"
                 )
         object.__setattr__(self, "terms", tuple(self.terms) or ("mlp",) * self.lookahead)
+        if isinstance(self.context, dict):  # as read from a file
+            object.__setattr__(self, "context", ContextConfig(**self.context))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"[PredictorConfig] top_k {self.top_k} exceeds num_experts {self.num_experts}"
@@ -81,6 +87,11 @@ class PredictorConfig:
         return any(term != "gate" for term in self.terms)
 
     @property
+    def has_context(self) -> bool:
+        """Whether it reads what earlier tokens left."""
+        return self.has_mlp and self.context is not None
+
+    @property
     def has_gate(self) -> bool:
         """Whether any distance uses the target layer's router."""
         return any(term != "mlp" for term in self.terms)
@@ -89,11 +100,12 @@ class PredictorConfig:
 class ExpertPredictor(nn.Module):
     """Predicts the experts of the next `lookahead` MoE layers from one layer's block input.
 
-    logits[d] = heads[d](act(norm(trunk(h) + previous(e))))
+    logits[d] = heads[d](act(norm(trunk(h) + previous(e) + c)))
               + gate_scale[d] * routers[d].scores(h * s[d])
 
     with each part present where `config` asks for it. `routers` are the target layers' own, frozen;
-    s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale).
+    s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale);
+    c is the context vector that `context` made of earlier tokens.
     """
 
     def __init__(self, config: PredictorConfig, routers: Sequence[Router] = ()):
@@ -108,6 +120,10 @@ class ExpertPredictor(nn.Module):
                 self.norm = nn.LayerNorm(config.predictor_size)
             if config.previous_experts:
                 self.previous = nn.Linear(outputs, config.predictor_size, bias=False)
+            if config.context is not None:
+                self.context = ContextReader(
+                    config.context, config.hidden_size, config.predictor_size, config.lookahead
+                )
         if len(routers) != config.lookahead * config.has_gate:
             raise ValueError(
                 f"[ExpertPredictor] terms {config.terms} take "
@@ -128,11 +144,14 @@ class ExpertPredictor(nn.Module):
         routers: tuple[Router, ...] = self._routers
         return routers
 
-    def __call__(self, h: mx.array, previous: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, h: mx.array, previous: mx.array | None = None, context: mx.array | None = None
+    ) -> mx.array:
         """Logits [..., lookahead, num_experts] for block inputs h [..., hidden_size].
 
         `previous` [..., lookahead, top_k]: the previous token's experts at the target layers, -1
-        where there are none; None where none are known.
+        where there are none; None where none are known. `context` [..., predictor_size]: the
+        context vector, None where there are no earlier tokens.
         """
         config = self.config
         if h.shape[-1] != config.hidden_size:
@@ -142,8 +161,8 @@ class ExpertPredictor(nn.Module):
             )
         h = h.astype(mx.float32)
         if not config.has_gate:
-            return self._mlp(h, previous)
-        mlp = self._mlp(h, previous) if config.has_mlp else None
+            return self._mlp(h, previous, context)
+        mlp = self._mlp(h, previous, context) if config.has_mlp else None
         return mx.stack([self._logits(h, mlp, d) for d in range(config.lookahead)], axis=-2)
 
     def _logits(self, h: mx.array, mlp: mx.array | None, d: int) -> mx.array:
@@ -157,9 +176,11 @@ class ExpertPredictor(nn.Module):
         """Gate lookahead: the scores of the router d + 1 layers ahead, [..., num_experts]."""
         return self.routers[d].scores(h * self.gate_input_scale[d])
 
-    def _mlp(self, h: mx.array, previous: mx.array | None) -> mx.array:
+    def _mlp(self, h: mx.array, previous: mx.array | None, context: mx.array | None) -> mx.array:
         config = self.config
         x = self.trunk(h)
+        if context is not None:
+            x = x + context
         if config.previous_experts and previous is not None:
             x = x + self.previous(mx.flatten(multi_hot(previous, config.num_experts), -2, -1))
         if config.layer_norm:
@@ -168,7 +189,11 @@ class ExpertPredictor(nn.Module):
         return mx.unflatten(x, -1, (config.lookahead, config.num_experts))
 
     def predict(
-        self, h: mx.array, k: int | None = None, previous: mx.array | None = None
+        self,
+        h: mx.array,
+        k: int | None = None,
+        previous: mx.array | None = None,
+        context: mx.array | None = None,
     ) -> mx.array:
         """Expert ids [..., lookahead, k] (uint32), best first. Default k: the model's top_k.
 
@@ -181,7 +206,7 @@ class ExpertPredictor(nn.Module):
             )
         if not mx.isfinite(h).all().item():
             raise ValueError("[ExpertPredictor] the hidden state holds NaN or infinity")
-        return top_k_ids(self(h, previous), k)
+        return top_k_ids(self(h, previous, context), k)
 
     def quantized(
         self, bits: int, group_size: int = 64, routers: Sequence[Router] | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import predictor, queue
+from . import predictor, queue, runtime
 from .timing import machine
 
 AddFlags = Callable[[Callable[..., Any]], None]
@@ -23,6 +23,11 @@ BENCHES: dict[str, tuple[AddFlags, RunBench, str]] = {
         predictor.add_flags,
         predictor.run,
         "the native predictor beside other runtimes and the time to read its weights",
+    ),
+    "runtime": (
+        runtime.add_flags,
+        runtime.run,
+        "a model decoding: in memory, from the store, with prefetch and with an oracle",
     ),
     "queue": (queue.add_flags, queue.run, "the prediction queue beside Python's own queues"),
 }

@@ -158,7 +158,7 @@ class LayerDataset:
         previous = np.full_like(chosen, -1)
         follows = np.flatnonzero(position[1:] > 0) + 1
         previous[follows] = chosen[follows - 1]
-        states = _read_states(shard, self.layer)
+        states = read_states(shard, self.layer)
         routed = read_array(shard, f"routed_experts_{self.layer}")
         samples = Samples(states, chosen, previous, routed, self._log_probs(shard, len(states)))
         if self._documents is None:
@@ -170,7 +170,7 @@ class LayerDataset:
             return np.empty((rows, 0, 0), np.float16)
         parts = []
         for target in self.targets:
-            states = mx.array(_read_states(shard, target)).astype(mx.float32)
+            states = mx.array(read_states(shard, target)).astype(mx.float32)
             log_probs = self._routers[target].router.log_probs(states)
             parts.append(np.array(log_probs.astype(mx.float16)))
         return np.stack(parts, axis=1)
@@ -186,7 +186,8 @@ def read_array(shard: Path, name: str) -> Array:
         raise ValueError(f"[{shard}] {name} cannot be read: {error}") from error
 
 
-def _read_states(shard: Path, layer: int) -> Array:
+def read_states(shard: Path, layer: int) -> Array:
+    """A layer's states of a shard. Raises ValueError naming the file where they are not finite."""
     states = read_array(shard, f"hidden_states_{layer}")
     if not np.isfinite(states).all():
         raise ValueError(f"[{shard}] hidden_states_{layer} hold NaN or infinity")

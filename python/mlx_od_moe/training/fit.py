@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..metrics import Recall, rank
+from ..confidence import Confidence
+from ..metrics import Recall
 from ..predictor_file import write_safetensors
 from .dataset import LayerDataset, Samples
 from .losses import LOSSES
@@ -23,6 +25,8 @@ from .workers import Advance
 
 # Maps (hidden states float32 [n, hidden_size], previous experts) to scores.
 Scorer = Callable[[mx.array, mx.array], mx.array]
+# {name: weights [samples, lookahead, top_k] of the chosen experts}; see Recall.add.
+Shares = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,32 @@ class FitState:
     best_recall: float = -1.0
     history: list[float] = field(default_factory=list)
 
+    def finished(self, options: FitOptions) -> bool:
+        """Whether all epochs are done, or enough of them without a better recall."""
+        done, since_best = self.epoch >= options.epochs, self.epoch - self.best_epoch
+        return done or since_best >= options.patience
 
-def measure(scorer: Scorer, dataset: LayerDataset, top_k: int) -> Recall:
-    """Recall of a scorer over a data set."""
-    recall = Recall(len(dataset.targets), top_k)
+
+def measure(
+    scorer: Scorer,
+    dataset: LayerDataset,
+    top_k: int,
+    shares: Shares | None = None,
+    confidence: Confidence | None = None,
+) -> Recall:
+    """Recall of a scorer over a data set; `shares`: see Recall.add, of all its samples in order."""
+    recall, done = Recall(len(dataset.targets), top_k, confidence=confidence), 0
     for samples in dataset.batches(4096):
-        scores = scorer(*inputs(samples))
-        recall.add(rank(np.array(scores.astype(mx.float32)), recall.ranks), samples.chosen)
+        scores = np.array(scorer(*inputs(samples)).astype(mx.float32))
+        part = rows_of(shares, done, len(samples))
+        recall.add_scores(scores, samples.chosen, part)
+        done += len(samples)
     return recall
+
+
+def rows_of(shares: Shares | None, first: int, count: int) -> Shares:
+    """Those rows of every weight."""
+    return {name: weights[first : first + count] for name, weights in (shares or {}).items()}
 
 
 def inputs(samples: Samples) -> tuple[mx.array, mx.array]:
@@ -102,7 +124,7 @@ def fit(
     state, best = _resume(checkpoint, predictor, optimizer)
     step = _step_function(predictor, optimizer, options)
     advance(state.epoch * len(training))
-    while not _finished(state, options):
+    while not state.finished(options):
         order = np.random.default_rng([options.seed, training.layer, state.epoch])
         for samples in training.batches(options.batch_size, order):
             step(samples)
@@ -127,10 +149,6 @@ def _check_finite(predictor: nn.Module, layer: int, options: FitOptions) -> None
             f"[train] layer {layer}: training diverged at learning rate {options.learning_rate}: "
             "the weights hold NaN or infinity"
         )
-
-
-def _finished(state: FitState, options: FitOptions) -> bool:
-    return state.epoch >= options.epochs or state.epoch - state.best_epoch >= options.patience
 
 
 def _step_function(
@@ -166,6 +184,17 @@ def _resume(
 ) -> tuple[FitState, dict[str, mx.array]]:
     if not path.exists():
         return FitState(), dict(tree_flatten(predictor.trainable_parameters()))
+    part, state = read_checkpoint(path)
+    predictor.update(tree_unflatten(list(part("now.").items())))
+    optimizer.state = tree_unflatten(list(part("optimizer.").items()))
+    return state, part("best.")
+
+
+def read_checkpoint(path: Path) -> tuple[Callable[[str], dict[str, mx.array]], FitState]:
+    """What an interrupted fit left: its tensors by the prefix of their names, and its state.
+
+    Raises ValueError naming the file where it can't be read.
+    """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         tensors, metadata = loaded
@@ -179,6 +208,4 @@ def _resume(
     def part(prefix: str) -> dict[str, mx.array]:
         return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
-    predictor.update(tree_unflatten(list(part("now.").items())))
-    optimizer.state = tree_unflatten(list(part("optimizer.").items()))
-    return state, part("best.")
+    return part, state

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..context import ContextConfig
 from ..metrics import Recall
 from ..model_routers import LayerRouter, load_routers
 from ..router import input_scale
@@ -35,16 +36,23 @@ DEFAULT_CANDIDATES = ("mlp", "mlp+gate", "mlp+gate+previous", "gate")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train, besides how (`fit`). `predictor_size`, `activation`: see PredictorConfig."""
+    """What to train, besides how (`fit`). `predictor_size` … `context`: see PredictorConfig.
+
+    With a context all layers are trained together (bundle_trainer.py), as the candidate "mlp+gate",
+    or "mlp" where the routers are not known.
+    """
 
     predictor_size: int = 1024
     activation: str = "relu"
     layer_norm: bool = False
     candidates: tuple[str, ...] = DEFAULT_CANDIDATES
     validation_fraction: float = 0.1
+    context: ContextConfig | None = None
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
+        if isinstance(self.context, dict):  # as read from a file
+            object.__setattr__(self, "context", ContextConfig(**self.context))
         unknown = set(self.candidates) - set(CANDIDATES)
         if unknown or not self.candidates:
             raise ValueError(
@@ -85,7 +93,7 @@ class LayerTrainer:
     def work(self, layer: int) -> int:
         """Samples that training the layer goes through at most."""
         training = self._dataset(layer, self.split[0])
-        trained = [c for c in self._possible(training.targets) if c != "gate"]
+        trained = [c for c in self.possible(training.targets) if c != "gate"]
         return len(trained) * self.options.fit.epochs * len(training)
 
     def train(self, layer: int, advance: Advance) -> dict[str, Any]:
@@ -97,8 +105,8 @@ class LayerTrainer:
             return dict(json.loads(report_path.read_text()))
         training, validation = (self._dataset(layer, documents) for documents in self.split)
         found: dict[str, tuple[ExpertPredictor, Recall]] = {}
-        for candidate in self._possible(training.targets):
-            predictor = self._build(layer, training.targets, candidate)
+        for candidate in self.possible(training.targets):
+            predictor = self.build(layer, training.targets, candidate)
             fitted = self._fit(predictor, training, validation, candidate, advance)
             found[candidate] = predictor, fitted
         predictor, report = self._choose(found, validation)
@@ -108,11 +116,46 @@ class LayerTrainer:
         partial.replace(report_path)
         return report
 
+    @cached_property
+    def training_tokens(self) -> int:
+        """Tokens that a layer has to learn from."""
+        return len(self._dataset(self.info.recorded_layers[0], self.split[0]))
+
+    def targets(self, layer: int) -> list[int]:
+        """The layers that the layer's predictor is to speak of."""
+        return list(self._dataset(layer, set()).targets)
+
+    def candidate_with_context(self, layer: int) -> str:
+        """What a layer with a context starts from: "mlp+gate", or "mlp" without known routers."""
+        possible = [c for c in self.possible(self.targets(layer)) if c in ("mlp+gate", "mlp")]
+        if not possible:
+            raise ValueError(
+                "[TrainingOptions] a context goes with the candidates mlp+gate and mlp, got "
+                f"{self.options.candidates}"
+            )
+        return "mlp+gate" if "mlp+gate" in possible else "mlp"
+
+    def gate_recall(self, layer: int) -> list[float] | None:
+        """Validation recall@k of gate lookahead alone; None where it is no candidate."""
+        targets = self.targets(layer)
+        if "gate" not in self.possible(targets):
+            return None
+        validation = self._dataset(layer, self.split[1])
+        gate = self.build(layer, targets, "gate")
+        return measure(gate, validation, self.info.top_k).at(self.info.top_k)
+
+    def with_gate(
+        self, predictor: ExpertPredictor, layer: int, distances: list[int]
+    ) -> ExpertPredictor:
+        """The same with gate lookahead alone at those distances (0 is the next layer)."""
+        gate = self.build(layer, self.targets(layer), "gate")
+        return _with_gate_alone(predictor, gate, distances)
+
     def _dataset(self, layer: int, documents: set[int]) -> LayerDataset:
         routers = self.routers if self.options.fit.loss == "kl" else None
         return LayerDataset(self.info, layer, documents, routers, self.memory_bytes)
 
-    def _possible(self, targets: Sequence[int]) -> list[str]:
+    def possible(self, targets: Sequence[int]) -> list[str]:
         """The candidates whose routers are all known."""
         known = all(target in self.routers for target in targets)
         if not known and self.options.fit.loss == "kl":
@@ -128,7 +171,8 @@ class LayerTrainer:
             )
         return possible
 
-    def _build(self, layer: int, targets: Sequence[int], candidate: str) -> ExpertPredictor:
+    def build(self, layer: int, targets: Sequence[int], candidate: str) -> ExpertPredictor:
+        """A predictor with fresh weights, the same for the same seed."""
         term, previous = CANDIDATES[candidate]
         config = PredictorConfig(
             hidden_size=self.info.hidden_size,
@@ -140,6 +184,7 @@ class LayerTrainer:
             layer_norm=self.options.layer_norm,
             terms=(term,) * len(targets),
             previous_experts=previous,
+            context=self.options.context,
         )
         mx.random.seed(1_000_003 * self.options.fit.seed + layer)
         if not config.has_gate:

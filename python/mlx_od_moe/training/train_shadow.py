@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from ..context import TokenMemory
 from ..metrics import mean_over_layers
 from ..model_routers import LayerRouter, save_routers
 from ..predictor_bundle import PredictorBundle
 from ..predictor_file import Quantization
 from ..progress import progress_bar
 from ..shadow_model import ExpertPredictor
+from .bundle_trainer import train_together
 from .dataset import split_documents
 from .layer_trainer import LayerTrainer, TrainingOptions, train_layer
 from .traces import TraceInfo, open_traces
@@ -56,7 +58,8 @@ def train_shadow_model(
         routers: {MoE layer: router}; default those recorded with the traces. Without any, the
             candidates that look through them are left out.
         bits: quantise the written file (4 or 8).
-        jobs: layers trained at once, each in a process of its own.
+        jobs: layers trained at once, each in a process of its own; with a context, parts of a
+            batch that run at once.
         memory_bytes: how much decoded data each job holds at once, roughly.
 
     Raises ValueError naming the file and rule for unusable traces or a foreign checkpoint.
@@ -73,16 +76,7 @@ def train_shadow_model(
     checkpoint = _open_checkpoint(out, options, info, routers)
     settings = info, options, checkpoint, memory_bytes
     trainer = LayerTrainer(*settings)
-    work = sum(trainer.work(layer) for layer in trainable)
-    bar = progress_bar(work, "train", "sample", progress)
-    reports: dict[int, dict[str, Any]] = {}
-    with bar:
-        for layer, report in run_layers(train_layer, settings, trainable, jobs, bar):
-            reports[layer] = report
-            if progress:
-                bar.write(_summary(layer, info.top_k, report), file=sys.stderr)
-    reports = dict(sorted(reports.items()))
-    predictors = {layer: ExpertPredictor.load(trainer.finished(layer)) for layer in reports}
+    predictors, memories, reports = _train(trainer, trainable, jobs, progress)
     metrics = [report["validation"] for report in reports.values()]
     training = {
         "traces": fingerprint(info),
@@ -91,9 +85,32 @@ def train_shadow_model(
         "validation": mean_over_layers(metrics),
         "layers": reports,
     }
-    PredictorBundle(list(info.moe_layers), predictors, training).save(out, bits)
+    PredictorBundle(list(info.moe_layers), predictors, training, memories).save(out, bits)
     shutil.rmtree(checkpoint)
     return PredictorBundle.load(out)
+
+
+def _train(
+    trainer: LayerTrainer, layers: list[int], jobs: int, progress: bool
+) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
+    """Predictors, memories and reports by layer."""
+    reports: dict[int, dict[str, Any]] = {}
+    if trainer.options.context is not None:
+        work = trainer.options.fit.epochs * trainer.training_tokens
+        with progress_bar(work, "train", "token", progress) as bar:
+            predictors, memories, reports = train_together(trainer, layers, jobs, bar.update)
+            for layer, report in reports.items() if progress else ():
+                bar.write(_summary(layer, trainer.info.top_k, report), file=sys.stderr)
+        return predictors, memories, reports
+    work = sum(trainer.work(layer) for layer in layers)
+    settings = trainer.info, trainer.options, trainer.checkpoint, trainer.memory_bytes
+    with progress_bar(work, "train", "sample", progress) as bar:
+        for layer, report in run_layers(train_layer, settings, layers, jobs, bar):
+            reports[layer] = report
+            if progress:
+                bar.write(_summary(layer, trainer.info.top_k, report), file=sys.stderr)
+    reports = dict(sorted(reports.items()))
+    return {n: ExpertPredictor.load(trainer.finished(n)) for n in reports}, {}, reports
 
 
 def _trainable(traces: TraceInfo, layers: Iterable[int] | None) -> list[int]:

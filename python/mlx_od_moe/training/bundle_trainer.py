@@ -1,0 +1,222 @@
+"""Trains all layers' predictors together: with a context they share their targets' memories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from .._blas import one_blas_thread
+from ..context import TokenMemory
+from ..model_routers import LayerRouter
+from ..predictor_file import write_safetensors
+from ..shadow_model import ExpertPredictor
+from .fit import FitOptions, FitState, read_checkpoint
+from .layer_trainer import LayerTrainer
+from .losses import LOSSES
+from .sequence_blocks import Block, SequenceBlocks
+from .shared_predictors import SharedPredictors, measure_blocks, name_of
+from .workers import Advance
+
+_BLOCK = 256  # tokens that follow each other in a batch
+# Muon's step is a share of each matrix's own scale, AdamW's of 1: tuned together.
+_MUON_RATE = 20.0
+
+
+class BundleFit:
+    """Fits SharedPredictors to batches of blocks, parts of each on `streams` at once.
+
+    Matrices are stepped by Muon (Jordan et al., 2024), which needs half the samples that Adam needs
+    here; what is not a matrix by AdamW. One optimiser per module: streams share that work too.
+    """
+
+    def __init__(
+        self,
+        model: SharedPredictors,
+        training: SequenceBlocks,
+        validation: SequenceBlocks,
+        routers: Mapping[int, LayerRouter],
+        options: FitOptions,
+        checkpoint: Path,
+        streams: int = 1,
+    ):
+        self.model, self.training, self.validation = model, training, validation
+        self.options, self.checkpoint = options, checkpoint
+        self._routers = routers
+        self._batch = max(1, options.batch_size // _BLOCK)
+        self._streams = _streams(min(streams, self._batch))
+        self._modules: dict[str, nn.Module] = {
+            f"{kind}.{name}": module
+            for kind in ("predictors", "memories")
+            for name, module in model[kind].items()
+        }
+        self._optimizers = {name: self._optimizer() for name in self._modules}
+        for name, module in self._modules.items():
+            self._optimizers[name].init(module.trainable_parameters())
+        self._gradient = nn.value_and_grad(model, self._loss)
+        self.state, self._best = FitState(), dict(tree_flatten(model.trainable_parameters()))
+
+    def run(self, advance: Advance) -> None:
+        """Train to the best validation epoch; resumes where a checkpoint lies."""
+        options, state = self.options, self._resume()
+        advance(state.epoch * len(self.training))
+        with one_blas_thread():
+            while not state.finished(options):
+                order = np.random.default_rng([options.seed, state.epoch])
+                for block in self.training.batches(_BLOCK, self._batch, order):
+                    self._step(block)
+                    advance(block.sequence.shape[0] * _BLOCK)
+                recalls = measure_blocks(self.model, self.model.targets, self.validation)
+                top_k = self.validation.traces.top_k
+                self._end_epoch(float(np.mean([np.mean(r.at(top_k)) for r in recalls.values()])))
+        self.model.update(tree_unflatten(list(self._best.items())))
+
+    def _optimizer(self) -> Any:
+        options = self.options
+        steps = max(2, options.epochs * len(self.training) // (self._batch * _BLOCK))
+        warmup = max(1, min(50, steps // 10))
+
+        def schedule(peak: float) -> Any:
+            rise = optim.linear_schedule(0.0, peak, warmup)
+            return optim.join_schedules([rise, optim.cosine_decay(peak, steps - warmup)], [warmup])
+
+        rate = options.learning_rate
+        matrices = optim.Muon(schedule(_MUON_RATE * rate), weight_decay=0.0)
+        others = optim.AdamW(schedule(rate), weight_decay=options.weight_decay)
+        return optim.MultiOptimizer([matrices, others], [_is_matrix])
+
+    def _loss(self, block: Block) -> mx.array:
+        loss_of, targets = LOSSES[self.options.loss], self.model.targets
+        log_probs = self._log_probs(block)
+        losses = []
+        for layer, logits in self.model(block).items():
+            ahead = targets[layer]
+            known = [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
+            chosen = mx.array(block.chosen(ahead))
+            losses.append(loss_of(logits, chosen, mx.stack(known, axis=1)))
+        return mx.stack(losses).sum()
+
+    def _log_probs(self, block: Block) -> dict[int, mx.array]:
+        if self.options.loss != "kl":
+            return {}
+        return {
+            layer: mx.flatten(self._routers[layer].router.log_probs(block.own_states(layer)), 0, 1)
+            for layer in {t for targets in self.model.targets.values() for t in targets}
+        }
+
+    def _step(self, block: Block) -> None:
+        parts = [
+            block.part(slice(i * len(block) // n, (i + 1) * len(block) // n))
+            for n in [min(len(self._streams), len(block))]
+            for i in range(n)
+        ]
+        gradients = []
+        for stream, part in zip(self._streams, parts, strict=False):
+            with mx.stream(stream):
+                _, gradient = self._gradient(part)
+                share = len(part) / len(block)
+                gradients.append(tree_map(lambda g, share=share: g * share, gradient))
+        for i, (name, module) in enumerate(self._modules.items()):
+            with mx.stream(self._streams[i % len(self._streams)]):
+                own = [_at(gradient, name) for gradient in gradients]
+                total = own[0] if len(own) == 1 else tree_map(lambda *g: sum(g), *own)
+                self._optimizers[name].update(module, total)
+        states = [optimizer.state for optimizer in self._optimizers.values()]
+        mx.eval(self.model.trainable_parameters(), states)
+
+    def _end_epoch(self, recall: float) -> None:
+        weights = dict(tree_flatten(self.model.trainable_parameters()))
+        if not all(mx.isfinite(weight).all().item() for weight in weights.values()):
+            raise ValueError(
+                f"[train] training diverged at learning rate {self.options.learning_rate}: the "
+                "weights hold NaN or infinity"
+            )
+        state = self.state
+        state.epoch += 1
+        state.history.append(recall)
+        if recall > state.best_recall:
+            state.best_recall, state.best_epoch, self._best = recall, state.epoch, weights
+        tensors = {f"best.{n}": t for n, t in self._best.items()}
+        tensors |= {f"now.{n}": t for n, t in weights.items()}
+        for name, optimizer in self._optimizers.items():
+            tensors |= {f"optimizer.{name}.{n}": t for n, t in tree_flatten(optimizer.state)}
+        write_safetensors(self.checkpoint, tensors, {"state": json.dumps(vars(state))})
+
+    def _resume(self) -> FitState:
+        if not self.checkpoint.exists():
+            return self.state
+        tensors, self.state = read_checkpoint(self.checkpoint)
+        self.model.update(tree_unflatten(list(tensors("now.").items())))
+        for name, optimizer in self._optimizers.items():
+            optimizer.state = tree_unflatten(list(tensors(f"optimizer.{name}.").items()))
+        self._best = tensors("best.")
+        return self.state
+
+
+def _is_matrix(path: str, weight: mx.array) -> bool:
+    return weight.ndim == 2 and path.endswith("weight")
+
+
+def _at(tree: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _streams(count: int) -> list[Any]:
+    """Of a CPU, where each has a thread of its own; a GPU needs no more than one."""
+    if mx.default_device() == mx.gpu:
+        return [mx.default_stream(mx.gpu)]
+    return [mx.new_stream(mx.cpu) for _ in range(count)]
+
+
+def train_together(
+    trainer: LayerTrainer, layers: Sequence[int], streams: int, advance: Advance
+) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
+    """Train the layers' predictors and memories; returns both and a report on each layer.
+
+    `streams`: parts of a batch that run at once, on a CPU. At distances where validation likes gate
+    lookahead alone better, it takes the predictor's place.
+    """
+    context, info = trainer.options.context, trainer.info
+    assert context is not None
+    targets = {layer: trainer.targets(layer) for layer in layers}
+    candidates = {layer: trainer.candidate_with_context(layer) for layer in layers}
+    predictors = {n: trainer.build(n, targets[n], candidates[n]) for n in layers}
+    model = SharedPredictors(predictors, targets, context, info.hidden_size)
+    needed = sorted({*layers, *(t for ahead in targets.values() for t in ahead)})
+    training, validation = (
+        SequenceBlocks(info, needed, context.rows, documents, trainer.memory_bytes)
+        for documents in trainer.split
+    )
+    checkpoint = trainer.checkpoint / "together.safetensors"
+    options = trainer.options.fit
+    fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
+    fit.run(advance)
+    found = measure_blocks(model, targets, validation)
+    gates = {layer: trainer.gate_recall(layer) for layer in layers}
+    for layer, gate in gates.items():
+        own = found[layer].at(info.top_k)
+        worse = [d for d, recall in enumerate(gate or []) if own[d] < recall]
+        if worse:
+            model.predictors[name_of(layer)] = trainer.with_gate(predictors[layer], layer, worse)
+    final = measure_blocks(model, targets, validation)
+    chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
+    reports = {
+        layer: {
+            "candidate": candidates[layer] + "+context",
+            "terms": chosen[layer].config.terms,
+            "validation": final[layer].report(),
+            "candidates": {candidates[layer] + "+context": found[layer].at(info.top_k)}
+            | ({"gate": gate} if (gate := gates[layer]) else {}),
+        }
+        for layer in layers
+    }
+    return chosen, model.of_layers("memories"), reports

@@ -1,0 +1,183 @@
+"""Recorded traces as blocks of tokens in order, with the states of several layers at once.
+
+What reads earlier tokens needs them beside each token. A block is `size` tokens and the `before`
+rows that precede them, of whatever sequences lie there; `sequence` says which each belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .dataset import read_array, read_states
+from .traces import TraceInfo
+
+Array = npt.NDArray[Any]
+_NOWHERE = -1  # the sequence of rows that are not there
+
+
+@dataclass(frozen=True)
+class Block:
+    """A batch of blocks.
+
+    states: {layer: float32 [batch, before + size, hidden_size]}.
+    routed: {layer: int [batch, size, top_k]}, the layer's own experts.
+    sequence: int [batch, before + size].
+    """
+
+    states: dict[int, mx.array]
+    routed: dict[int, Array]
+    sequence: mx.array
+    before: int
+
+    def own_states(self, layer: int) -> mx.array:
+        """The tokens' states without the rows before them, [batch, size, hidden_size]."""
+        return self.states[layer][:, self.before :]
+
+    def chosen(self, targets: Sequence[int]) -> Array:
+        """The experts of the target layers, int [batch * size, targets, top_k]."""
+        routed = np.stack([self.routed[target] for target in targets], axis=2)
+        return routed.reshape(-1, *routed.shape[2:])
+
+    def part(self, batch: slice) -> Block:
+        """Some of the batch."""
+        return Block(
+            {layer: states[batch] for layer, states in self.states.items()},
+            {layer: routed[batch] for layer, routed in self.routed.items()},
+            self.sequence[batch],
+            self.before,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of shards, with `before` empty ones in front."""
+
+    states: dict[int, Array]
+    routed: dict[int, Array]
+    sequence: Array
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.states.values(), *self.routed.values()))
+
+
+class SequenceBlocks:
+    """The tokens of `documents` (None: all) in blocks, with the states of `layers`.
+
+    Shards are read in groups of roughly `memory_bytes`, and kept where all fit.
+    """
+
+    def __init__(
+        self,
+        traces: TraceInfo,
+        layers: Sequence[int],
+        before: int,
+        documents: set[int] | None = None,
+        memory_bytes: int = 1 << 30,
+    ):
+        self.traces, self.layers, self.before = traces, list(layers), before
+        self._documents = None if documents is None else np.array(sorted(documents))
+        self._memory_bytes = memory_bytes
+        self._tokens = [int(self._wanted(shard).sum()) for shard in traces.shards]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return sum(self._tokens)
+
+    def batches(self, size: int, batch: int, rng: np.random.Generator) -> Iterator[Block]:
+        """Batches of blocks in random order, cut at a random phase: nearly every token once."""
+        for rows in self._groups(rng):
+            tokens = len(rows.sequence) - self.before
+            phase = int(rng.integers(min(size, max(1, tokens - size + 1))))
+            starts = np.arange(phase, max(1, tokens - size + 1), size)
+            for some in np.array_split(rng.permutation(starts), -(-len(starts) // batch)):
+                yield self._block(rows, some, min(size, tokens))
+
+    def in_order(self, size: int = 4096) -> Iterator[Block]:
+        """Every token once, in order, in batches of one block."""
+        for rows in self._groups(None):
+            tokens = len(rows.sequence) - self.before
+            for start in range(0, tokens, size):
+                yield self._block(rows, np.array([start]), min(size, tokens - start))
+
+    def _block(self, rows: _Rows, starts: Array, size: int) -> Block:
+        index = starts[:, None] + np.arange(self.before + size)
+        own = index[:, self.before :]
+        return Block(
+            {n: mx.array(states[index]).astype(mx.float32) for n, states in rows.states.items()},
+            {layer: routed[own] for layer, routed in rows.routed.items()},
+            mx.array(rows.sequence[index]),
+            self.before,
+        )
+
+    @property
+    def _shards(self) -> list[int]:
+        return [i for i, tokens in enumerate(self._tokens) if tokens]
+
+    @cached_property
+    def _whole(self) -> _Rows | None:
+        """Everything, where it fits the memory; None where it must be streamed."""
+        row_bytes = 2 * len(self.layers) * (self.traces.hidden_size + self.traces.top_k)
+        if len(self) * row_bytes > self._memory_bytes:
+            return None
+        return self._joined([self._read(shard) for shard in self._shards])
+
+    def _groups(self, rng: np.random.Generator | None) -> Iterator[_Rows]:
+        if self._whole is not None:
+            yield self._whole
+            return
+        shards = self._shards
+        if rng is not None:
+            shards = [shards[i] for i in rng.permutation(len(shards))]
+        parts: list[_Rows] = []
+        for shard in shards:
+            parts.append(self._read(shard))
+            if sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes:
+                yield self._joined(parts)
+                parts = []
+        if parts:
+            yield self._joined(parts)
+
+    def _wanted(self, shard: Any) -> Array:
+        document = read_array(shard, "document")
+        if self._documents is None:
+            return np.ones(len(document), bool)
+        return np.isin(document, self._documents)
+
+    def _read(self, index: int) -> _Rows:
+        shard = self.traces.shards[index]
+        wanted = np.flatnonzero(self._wanted(shard))
+        starts = np.cumsum(read_array(shard, "position") == 0)
+        return _Rows(
+            {layer: read_states(shard, layer)[wanted] for layer in self.layers},
+            {n: read_array(shard, f"routed_experts_{n}")[wanted] for n in self.layers},
+            starts[wanted],
+        )
+
+    def _joined(self, parts: list[_Rows]) -> _Rows:
+        """One after the other, each sequence with a number of its own."""
+        sequences, first = [np.full(self.before, _NOWHERE)], 0
+        for part in parts:
+            sequences.append(part.sequence + first)
+            first += int(part.sequence[-1]) + 1
+
+        def join(arrays: list[Array], before: int) -> Array:
+            empty = np.zeros((before, *arrays[0].shape[1:]), arrays[0].dtype)
+            return np.concatenate([empty, *arrays])
+
+        return _Rows(
+            {n: join([part.states[n] for part in parts], self.before) for n in self.layers},
+            # Row i of a group is token i - before, of states and choices alike.
+            {n: join([part.routed[n] for part in parts], self.before) for n in self.layers},
+            np.concatenate(sequences).astype(np.int32),
+        )

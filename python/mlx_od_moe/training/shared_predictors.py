@@ -1,0 +1,98 @@
+"""The predictors of all layers and the memories that they share, as one model; its recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..confidence import Confidence
+from ..context import ContextConfig, TokenMemory
+from ..metrics import Recall
+from ..shadow_model import ExpertPredictor
+from .fit import Shares, rows_of
+from .sequence_blocks import Block, SequenceBlocks
+
+_NAME = "layer"  # a name of digits alone would read as a place in a list
+
+
+def name_of(layer: int) -> str:
+    """Of a layer's modules among the parameters."""
+    return f"{_NAME}{layer}"
+
+
+class SharedPredictors(nn.Module):
+    """The predictors of all layers and the memories that they read, as one set of parameters."""
+
+    def __init__(
+        self,
+        predictors: Mapping[int, ExpertPredictor],
+        targets: Mapping[int, Sequence[int]],
+        context: ContextConfig,
+        hidden_size: int,
+    ):
+        super().__init__()
+        self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
+        self.predictors = {name_of(layer): p for layer, p in predictors.items()}
+        remembered = sorted({target for ahead in targets.values() for target in ahead})
+        self.memories = {name_of(layer): TokenMemory(context, hidden_size) for layer in remembered}
+
+    @property
+    def targets(self) -> dict[int, list[int]]:
+        """{layer: the layers that its predictor speaks of}."""
+        targets: dict[int, list[int]] = self._targets
+        return targets
+
+    def __call__(self, block: Block) -> dict[int, mx.array]:
+        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
+        memories = {n: memory(block.states[n]) for n, memory in self.of_layers("memories").items()}
+        return {
+            layer: block_logits(predictor, layer, self.targets[layer], memories, block)
+            for layer, predictor in self.of_layers("predictors").items()
+        }
+
+    def of_layers(self, kind: str) -> dict[int, Any]:
+        """{layer: its predictor} or {layer: its memory}."""
+        return {int(name.removeprefix(_NAME)): module for name, module in self[kind].items()}
+
+
+def block_logits(
+    predictor: ExpertPredictor,
+    layer: int,
+    targets: Sequence[int],
+    memories: Mapping[int, mx.array],
+    block: Block,
+) -> mx.array:
+    """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}."""
+    h, context = block.own_states(layer), None
+    if predictor.config.has_context:
+        context = predictor.context(h, [memories[t] for t in targets], block.sequence)
+    return mx.flatten(predictor(h, context=context), 0, 1)
+
+
+def measure_blocks(
+    logits: Callable[[Block], Mapping[int, mx.array]],
+    targets: Mapping[int, Sequence[int]],
+    blocks: SequenceBlocks,
+    shares: Shares | None = None,
+    confidences: Mapping[int, Confidence] | None = None,
+) -> dict[int, Recall]:
+    """{layer: recall} of what gives {layer: logits [tokens, lookahead, num_experts]} of a block.
+
+    `shares`: see Recall.add, of all tokens in order.
+    """
+    top_k, done = blocks.traces.top_k, 0
+    recalls = {
+        layer: Recall(len(ahead), top_k, confidence=(confidences or {}).get(layer))
+        for layer, ahead in targets.items()
+    }
+    for block in blocks.in_order():
+        for layer, scores in logits(block).items():
+            chosen = block.chosen(targets[layer])
+            part = rows_of(shares, done, len(chosen))
+            recalls[layer].add_scores(np.array(scores.astype(mx.float32)), chosen, part)
+        done += block.sequence.shape[1] - block.before
+    return recalls
