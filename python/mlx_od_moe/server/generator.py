@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import GenerationContext, ModelProvider, Response, ResponseGenerator
 
+from .._ext import clear_compile_cache
 from .request_checks import RequestError
 from .runs import Run, Runs
 from .settings import Settings
@@ -73,6 +74,7 @@ class Generator(ResponseGenerator):
                 log.exception("generation failed")
                 self._runs.fail(error)
                 gc.collect()  # what the failed pass had leased
+        clear_compile_cache()
 
     def _next_request(self, timeout: float | None = None) -> Any:
         """The next whose client still waits."""

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from mlx_lm.server import APIHandler
 
 from .request_checks import RequestError, check, parse_body
-from .runs import ClientGone, Run
+from .runs import ClientGoneError, Run
 
 if TYPE_CHECKING:
     from .http_server import Server
@@ -34,6 +34,7 @@ class Handler(APIHandler):
     an error in OpenAI's form.
     """
 
+    path: str
     timeout = 60  # seconds that a client may take to send, or to read, the next bytes
     server_version = "mlx-od-moe"
 
@@ -133,7 +134,7 @@ class Handler(APIHandler):
             )
         raw = self.rfile.read(self._unread)
         if len(raw) < self._unread:
-            raise ClientGone("the body ends early")
+            raise ClientGoneError("the body ends early")
         self._unread = 0
         return parse_body(raw)
 
@@ -145,13 +146,15 @@ class Handler(APIHandler):
         found = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
         if scheme.lower() != "bearer" or not any(found):
             raise RequestError(
-                401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key"
+                401,
+                "this server needs an API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
             )
 
     def _check_origin(self) -> None:
         """A web page of elsewhere may not use what runs on its reader's machine.
 
-        It would come with its own Origin, or, through a name that it had pointed here, its own Host.
+        It would come with its own Origin or, through a name that it had pointed here, its own Host.
         """
         host = self.headers.get("Host", "")
         name = urlsplit(f"//{host}").hostname

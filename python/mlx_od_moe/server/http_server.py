@@ -49,7 +49,7 @@ class Listener(ThreadingHTTPServer):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
-            super().__init__(address[:2], Handler, bind_and_activate=False)
+            super().__init__((str(address[0]), int(address[1])), Handler, bind_and_activate=False)
             self.server_bind()
         except (OSError, OverflowError) as error:
             raise _unusable(host, port, error) from error
@@ -58,11 +58,14 @@ class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without asking for the host's full name, which can take seconds."""
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
 
     def serve(self, handler: Callable[..., Any], connections: int) -> None:
         """Accept connections, on a thread of its own."""
-        self.RequestHandlerClass = handler  # type: ignore[assignment]
+        self.RequestHandlerClass = handler
         self._connections = BoundedSemaphore(connections)
         try:
             self.server_activate()

@@ -14,10 +14,12 @@ from ..offload import Runtime
 from .runs import Run, Runs
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+# Of the store's counters those that only grow, and are not told by cause or in seconds.
 _STORE = (
-    "lookups hits late misses accepted overtaken cancelled prefetched useful wasted evicted "
-    "useful_bytes wasted_bytes failed_demands failed_prefetches stalls"
-).split()
+    *("lookups", "hits", "late", "misses"),
+    *("accepted", "overtaken", "cancelled", "prefetched", "useful", "wasted", "evicted"),
+    *("useful_bytes", "wasted_bytes", "failed_demands", "failed_prefetches", "stalls"),
+)
 
 
 class Numbers:

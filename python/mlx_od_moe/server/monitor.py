@@ -116,7 +116,7 @@ class Monitor:
             "distances": distances,
             "recall": {
                 "expected": self._expected,
-                "realised": [_recall(now, then, lambda at, d=d: at[1] == d) for d in distances],
+                "realised": [_recall(now, then, store.layers, d) for d in distances],
             },
             "layers": [
                 {
@@ -124,7 +124,7 @@ class Monitor:
                     "slots": store.slots(layer),
                     "experts": store.file.num_experts(layer),
                     "hit_rate": _share({layer: now.hits[layer]}, then.hits),
-                    "recall": [_recall(now, then, (layer, d).__eq__) for d in distances],
+                    "recall": [_recall(now, then, [layer], d) for d in distances],
                     "on": [rows[layer, d]["on"] if (layer, d) in rows else None for d in distances],
                 }
                 for layer in store.layers
@@ -150,5 +150,6 @@ def _share(now: dict[Any, Pair], then: dict[Any, Pair]) -> float | None:
     return part / whole if whole else None
 
 
-def _recall(now: Sample, then: Sample, wanted: Callable[[Pair], bool]) -> float | None:
-    return _share({at: pair for at, pair in now.recall.items() if wanted(at)}, then.recall)
+def _recall(now: Sample, then: Sample, layers: list[int], distance: int) -> float | None:
+    wanted = {(n, distance) for n in layers} & now.recall.keys()
+    return _share({at: now.recall[at] for at in wanted}, then.recall)

@@ -1,7 +1,7 @@
 """What a request may ask for, checked before mlx-lm's server sees it.
 
-mlx-lm's server was made for one trusting user: from a request it takes names of models, adapters and
-drafts to load, addresses of images to fetch and indices into the logits. None of these pass.
+mlx-lm's server was made for one trusting user: from a request it takes names of models, adapters
+and drafts to load, addresses of images to fetch and indices into the logits. None of these pass.
 """
 
 from __future__ import annotations
@@ -239,5 +239,6 @@ def _check_prompt(prompt: Any, limits: Limits) -> None:
     elif isinstance(prompt, str):
         return
     _refuse(
-        "prompt", f"must be one text, or a list of token ids from 0 to less than {limits.vocab_size}"
+        "prompt",
+        f"must be one text, or a list of token ids from 0 to less than {limits.vocab_size}",
     )

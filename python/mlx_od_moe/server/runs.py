@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.25  # how often a run without news looks for its client
 
 
-class ClientGone(ConnectionError):
+class ClientGoneError(ConnectionError):
     """Nobody waits for the answer any more."""
 
 
@@ -36,7 +36,9 @@ class Run(Queue[Any]):
     ends, whoever of the two comes first.
     """
 
-    def __init__(self, generator: Generator, connection: socket.socket, collect: bool, numbers: Numbers):
+    def __init__(
+        self, generator: Generator, connection: socket.socket, collect: bool, numbers: Numbers
+    ):
         super().__init__()
         self.collect = collect
         self.over = False
@@ -94,7 +96,7 @@ class Run(Queue[Any]):
             except OSError:
                 there = b""
             if not there:
-                raise ClientGone("the client closed the connection")
+                raise ClientGoneError("the client closed the connection")
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         """What the generator's thread says."""

@@ -68,7 +68,8 @@ class TrafficTraces:
     ):
         if not 0 < share <= 1 or tokens < 1:
             raise ValueError(
-                f"[collect] share must be over 0 and up to 1, tokens 1 or more; got {share}, {tokens}"
+                "[collect] share must be over 0 and up to 1, and tokens 1 or more; "
+                f"got {share} and {tokens}"
             )
         self._out, self._runtime, self._share, self._tokens = Path(out), runtime, share, tokens
         self._out.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what users wrote
@@ -141,7 +142,8 @@ class TrafficTraces:
 
     def _see(self, layer: int, hidden: mx.array, ids: NDArray[np.int32]) -> None:
         state = np.array(hidden.astype(mx.float32)).reshape(-1, hidden.shape[-1])
-        self._seen.setdefault(layer, _Last()).add(state, ids.reshape(-1, ids.shape[-1]))
+        chosen = np.where(ids < self._collection["num_experts"], ids, -1)
+        self._seen.setdefault(layer, _Last()).add(state, chosen.reshape(-1, ids.shape[-1]))
 
     def end(self, token_ids: list[int], prompt: int) -> None:
         """The request's tokens that the model was given, the first `prompt` of them its prompt."""
@@ -157,9 +159,7 @@ class TrafficTraces:
             log.exception("recording ends")
             self._failed = True
 
-    def _keep(
-        self, token_ids: list[int], prompt: int, count: int, seen: dict[int, _Last]
-    ) -> None:
+    def _keep(self, token_ids: list[int], prompt: int, count: int, seen: dict[int, _Last]) -> None:
         # Layers may differ by a pass that was broken off: all have seen the first `count`.
         first = max(last.first for last in seen.values())
         rows = {layer: last.rows(first, count) for layer, last in seen.items()}
@@ -212,7 +212,7 @@ def _write(path: Path, rows: ShardRows) -> None:
 
 
 class _Last:
-    """The last rows that a layer has seen, _WINDOW of them or a pass more."""
+    """The last passes that a layer has seen, with _WINDOW rows or up to a pass more."""
 
     def __init__(self) -> None:
         self._passes: list[tuple[NDArray[np.float32], NDArray[np.int32]]] = []
@@ -220,8 +220,7 @@ class _Last:
 
     def add(self, states: NDArray[np.float32], ids: NDArray[np.int32]) -> None:
         """Rows [n, hidden_size] and [n, top_k]."""
-        self._passes.append((states[-_WINDOW:], ids[-_WINDOW:].copy()))
-        self.first += max(len(states) - _WINDOW, 0)
+        self._passes.append((states, ids))
         self.total += len(states)
         while self.total - self.first - len(self._passes[0][0]) >= _WINDOW:
             self.first += len(self._passes.pop(0)[0])
