@@ -47,11 +47,13 @@ class Listener(ThreadingHTTPServer):
     def __init__(self, host: str, port: int):
         self._connections = BoundedSemaphore(1)
         try:
+            if not 0 <= port < 1 << 16:
+                raise OSError("a port is 0 … 65535")
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
             super().__init__((str(address[0]), int(address[1])), Handler, bind_and_activate=False)
             self.server_bind()
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise _unusable(host, port, error) from error
         self._host = host
 
