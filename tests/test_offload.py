@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -180,3 +181,15 @@ def test_two_models_run_beside_each_other(nano, stock):
     with first, second:
         assert_same_logits(one, two, tokens(12), steps=4)
         assert_same_logits(stock, one, tokens(5), steps=2)
+
+
+def test_threads_generate_at_once(nano, stock):
+    """Slots are fewer than both need together: they wait for each other, and both get on."""
+    model, tokenizer, runtime = mlx_od_moe.load(nano, capacity="12.5%")
+    texts = [TEXT, "The sea was", "In the beginning"]
+    with runtime:
+        expected = [generate(stock, tokenizer, text, max_tokens=10) for text in texts]
+        with ThreadPoolExecutor(len(texts)) as pool:
+            run = pool.map(lambda text: generate(model, tokenizer, text, max_tokens=10), texts)
+            assert list(run) == expected
+        assert_no_lease(runtime)

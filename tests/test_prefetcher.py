@@ -155,3 +155,20 @@ def test_the_guard_keeps_what_pays_and_asks_ever_less():
         guard.took(0.010 if guard.predicts() else 0.020)
     assert guard.predicting
     assert trials < 5000 * 0.03
+
+
+def test_a_layer_that_nobody_predicts_gets_more_slots(tmp_path):
+    path = model_directory("nano-moe")
+    for capacity in ("12.5%", "25%", "90%"):
+        runtimes = [mlx_od_moe.load(path, p, capacity)[2] for p in (None, make_bundle())]
+        equal, favoured = (
+            {layer: r.store.slots(layer) for layer in r.store.layers} for r in runtimes
+        )
+        assert runtimes[1].store.capacity_bytes <= runtimes[0].store.capacity_bytes
+        assert min(favoured.values()) >= 8
+        assert max(favoured.values()) <= 64
+        if capacity == "25%":
+            assert favoured == {0: 30} | dict.fromkeys(range(1, 8), 14)
+            assert set(equal.values()) == {16}
+        for runtime in runtimes:
+            runtime.close()

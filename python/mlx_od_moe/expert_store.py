@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -76,6 +77,17 @@ def parse_disk(text: str) -> tuple[float, float]:
     ]
 
 
+def all_expert_bytes(file: ExpertFile) -> int:
+    """Of all experts of all layers."""
+    return sum(file.expert_bytes(n) * file.num_experts(n) for n in file.layers)
+
+
+def equal_slots(file: ExpertFile, capacity: str | int, top_k: int) -> dict[int, int]:
+    """{layer: slots}, as many for each as fit in the capacity. ValueError for less than top_k."""
+    given = parse_bytes(capacity, all_expert_bytes(file))
+    return dict(zip(file.layers, _ext.partition_slots(file.native, given, top_k), strict=True))
+
+
 class ExpertLease:
     """Experts that stay where they are until `release`, or the end of a `with`.
 
@@ -126,6 +138,7 @@ class ExpertStore:
         verify: compare each expert's checksum (packed directories have them).
         disk: delay reads as a disk like "500MB/s,100us" would, for measurements.
         top_k: the experts that one token needs, for which each layer must have slots.
+        slots: {layer: how many experts it may hold}, for all layers, in place of `capacity`.
         prefetch_bytes: that may be in flight or not used yet; default: half of the capacity.
 
     Raises OSError where the system refuses something.
@@ -142,19 +155,21 @@ class ExpertStore:
         disk: str | None = None,
         *,
         top_k: int = 1,
+        slots: Mapping[int, int] | None = None,
         prefetch_bytes: str | int | None = None,
     ):
         self.file = file if isinstance(file, ExpertFile) else ExpertFile(file)
         self.layers = self.file.layers
-        whole = sum(self.expert_bytes(n) * self.file.num_experts(n) for n in self.layers)
-        slots = _ext.partition_slots(self.file.native, parse_bytes(capacity, whole), top_k)
-        self._pools = {
-            layer: self._new_pools(layer, count)
-            for layer, count in zip(self.layers, slots, strict=True)
-        }
+        whole = all_expert_bytes(self.file)
+        self._slots = dict(slots or equal_slots(self.file, capacity, top_k))
+        if list(self._slots) != self.layers:
+            raise ValueError(
+                f"[ExpertStore] slots must be those of layers {self.layers}, got {[*self._slots]}"
+            )
+        self._pools = {layer: self._new_pools(layer, n) for layer, n in self._slots.items()}
         self.native = _ext.ExpertStore(
             self.file.native,
-            slots,
+            list(self._slots.values()),
             [list(pools.values()) for pools in self._pools.values()],
             policy,
             readers,
@@ -163,7 +178,6 @@ class ExpertStore:
             parse_disk(disk) if disk is not None else None,
             parse_bytes(prefetch_bytes, whole) if prefetch_bytes is not None else 0,
         )
-        self._slots = dict(zip(self.layers, slots, strict=True))
 
     def _new_pools(self, layer: int, slots: int) -> dict[str, mx.array]:
         return {

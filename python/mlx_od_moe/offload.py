@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .expert_file import ExpertFile
-from .expert_store import ExpertStore
+from .expert_store import ExpertStore, equal_slots
 from .fingerprint import check_predictor
 from .guard import Guard
 from .model_shell import directory, load_shell
@@ -23,6 +23,7 @@ from .moe import MoELayer, hooked
 from .predictor_bundle import PredictorBundle
 from .prefetcher import ShadowPrefetcher
 from .run_counts import RunCounts
+from .slot_shares import favour
 from .switch import StoredExperts
 from .usage import load_usage, save_usage, warm
 
@@ -37,6 +38,7 @@ def load(
     *,
     verify: bool = False,
     readers: int = 2,
+    slots: dict[int, int] | None = None,
     usage: str | Path | None = None,
     guarded: bool = True,
     progress: bool = False,
@@ -51,6 +53,8 @@ def load(
         path: a directory as mlx-lm saves it, or as `mlx-od-moe pack` writes it.
         predictor: a bundle that `train` wrote, or its file: experts are prefetched with it.
         capacity, policy, disk, direct_io, verify, readers: see ExpertStore.
+        slots: {layer: experts it may hold} in place of capacity; default: as many for each layer,
+            but with a predictor more for those that it does not predict.
         usage: a file that Runtime.save_usage wrote: begin with the experts that were used most.
         guarded: stop predicting while that makes tokens slower; False for measurements.
         progress: show how far reading is.
@@ -66,7 +70,14 @@ def load(
         name = str(predictor) if bundle is not predictor else "that was given"
         check_predictor(bundle, name, layers, _hidden_size(file.path), str(file.path))
     top_k = max(layer.top_k for layer in layers)
-    store = ExpertStore(file, capacity, policy, readers, direct_io, verify, disk, top_k=top_k)
+    if slots is None:
+        slots = equal_slots(file, capacity, top_k)
+        if bundle is not None:
+            predicted = {target for layer in bundle for target in bundle.targets(layer)}
+            slots = favour(slots, set(file.layers) - predicted, file, top_k)
+    store = ExpertStore(
+        file, capacity, policy, readers, direct_io, verify, disk, top_k=top_k, slots=slots
+    )
     try:
         if usage is not None:
             warm(store, load_usage(usage, store), progress)

@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import INSTALL_DIR
 from ..offload import Runtime, load
+from ..progress import progress_bar
 from ..route_recorder import RouteRecorder
 
 NANO = INSTALL_DIR / "examples" / "nano-moe"
@@ -168,6 +169,9 @@ def _open(options: argparse.Namespace, disk: str | None, stack: ExitStack) -> di
         settings["policy"] = "lru" if name == "lru" else options.policy
         if name == "prefetch":
             settings |= {"predictor": options.predictor, "guarded": options.guarded}
+        ours = rows["prefetch"].runtime if "prefetch" in rows else None
+        if name == "oracle" and ours:  # it differs in what is predicted, and in nothing else
+            settings["slots"] = {n: ours.store.slots(n) for n in ours.store.layers}
         model, _, runtime = load(options.model, **settings)
         stack.enter_context(runtime)
         rows[name] = Row(model, runtime, Oracle(runtime) if name == "oracle" else None)
@@ -178,16 +182,19 @@ def _measure(
     rows: dict[str, Row], recording: tuple[Row, Runtime], texts: list[list[int]], prompt: int
 ) -> None:
     recorded, runtime = recording
+    bar = progress_bar(len(texts) * len(rows), "decoding", "turn", shown=True)
     for i, text in enumerate(texts):
         recorder = RouteRecorder(runtime.store.layers)
         runtime.on_routing = recorder.record
         recorded.turn(text, prompt, recorder.experts())
         for row in _in_turns(rows, i):
             seconds = row.turn(text, prompt, recorder.experts())
+            bar.update()
             if i:  # the first round warms up
                 row.seconds.append(seconds)
             else:
                 row.reports.clear()
+    bar.close()
 
 
 def _in_turns(rows: dict[str, Row], i: int) -> Iterator[Row]:
