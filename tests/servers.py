@@ -105,8 +105,8 @@ class Command:
 
     def wait(self) -> int:
         """The exit status."""
-        self.said += self.process.communicate(timeout=60)[1]
-        return self.process.returncode
+        self.said += self.process.stderr.read()
+        return self.process.wait(timeout=60)
 
     def __enter__(self) -> "Command":
         return self
@@ -114,4 +114,5 @@ class Command:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.communicate()
+        self.process.stderr.close()
+        self.process.wait()

@@ -3,6 +3,7 @@
 import json
 import os
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from mlx_od_moe.moe import find_moe_layers, load_model, record_routing
 from mlx_od_moe.training.run_model import ModelRunner
 from mlx_od_moe.training.traces import DECODE, PREFILL, open_traces
 from mlx_od_moe.training.traffic_traces import TrafficTraces
-from servers import Command, client, serving
+from servers import Command, client, eventually, serving
 
 TEXTS = ("Once upon a time", "def add(a, b):\n    return", "The sea was", "func main() {")
 
@@ -32,14 +33,15 @@ def test_requests_are_recorded_as_the_model_saw_them(loaded, tmp_path):
     with serving(loaded, traces) as server:
         asked = {"model": "nano-moe", "prompt": TEXTS[0], "max_tokens": 6, "temperature": 0}
         text = client(server).completions.create(**asked).choices[0].text
-        client(server).completions.create(
-            **asked | {"prompt": TEXTS[1]}, extra_body={"store": False}
-        )
-        assert server.monitor.page()["collected"]["tokens"] == traces.counts()["tokens"] > 0
+        unseen = asked | {"prompt": TEXTS[1], "extra_body": {"store": False}}
+        client(server).completions.create(**unseen)
+        eventually(lambda: server.monitor.page()["collected"]["tokens"] > 0)
     traces.close()
     info = open_traces(tmp_path / "traces")
     assert (info.mode, info.model, info.lookahead) == ("traffic", "nano-moe", 4)
-    assert info.routers.exists()
+    assert (info.num_experts, info.top_k, info.hidden_size) == (64, 8, 192)
+    routers = mx.load(str(info.routers))
+    assert {f"{layer}.weight" for layer in info.moe_layers} <= routers.keys()
     (path,) = info.shards
     assert os.stat(path).st_mode & 0o077 == 0
     shard = np.load(path)
@@ -70,8 +72,6 @@ def test_a_limit_a_second_run_and_another_model(loaded, tmp_path):
             if not traces.wants():
                 break
             traces.begin()
-            import mlx.core as mx
-
             mx.eval(model(mx.arange(12)[None]))
             traces.end(list(range(12)), 12)
         assert not traces.wants()
@@ -99,7 +99,7 @@ def test_a_full_disk_ends_the_recording_and_no_request(loaded, tmp_path, monkeyp
     with serving(loaded, traces) as server:
         asked = {"model": "nano-moe", "prompt": TEXTS[0], "max_tokens": 2}
         assert client(server).completions.create(**asked).usage.completion_tokens == 2
-        assert not server.collects()
+        eventually(lambda: not server.collects())
         assert client(server).completions.create(**asked).usage.completion_tokens == 2
     traces.close()
 
@@ -111,7 +111,7 @@ def test_serve_collect_train_serve(tmp_path, capsys):
             client(command).completions.create(model="nano-moe", prompt=text, max_tokens=12)
         assert command.end() == 0
         assert "100% of the requests are recorded" in command.said
-    flags = ["--predictor-size", "16", "--epochs", "1", "--candidates", "mlp", "--jobs", "1"]
+    flags = ["--predictor-size", "16", "--epochs", "1", "--candidates", "mlp+gate", "--jobs", "1"]
     assert main(["train", "--traces", str(traces), "--out", str(predictor), *flags]) == 0
     recall = PredictorBundle.load(predictor).training["validation"]["recall_at_k"]
     capsys.readouterr()

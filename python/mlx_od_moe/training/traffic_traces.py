@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from ..durable_file import locked
 from ..model_routers import read_routers, save_routers
-from ..moe import find_moe_layers
 from ..offload import Runtime
 from .model_traces import identify
 from .plan import row_bytes
@@ -40,7 +39,6 @@ log = logging.getLogger("mlx_od_moe")
 LOOKAHEAD = 4
 _WINDOW = 2048  # tokens of one request at most: its last
 _SHARD_ROWS, _SHARD_BYTES = 4096, 256 << 20  # what is lost at most, and held in memory
-_PROBE_TOKENS = 128
 
 
 class TrafficTraces:
@@ -90,7 +88,7 @@ class TrafficTraces:
 
     def _begin(self, model: nn.Module) -> tuple[dict[str, Any], int]:
         """(collection.json's contents, tokens that are there)."""
-        layers = find_moe_layers(model)
+        layers = self._runtime.layers
         own = identify(self._runtime.store.file.path) | {"mode": "traffic", "lookahead": LOOKAHEAD}
         if (self._out / "collection.json").exists():
             begun = read_collection(self._out)
@@ -103,13 +101,13 @@ class TrafficTraces:
             return begun, sum(check_shard(s, begun) for s in self._out.glob("shard-*.npz"))
         if any(self._out.glob("shard-*.npz")):
             raise ValueError(f"[collect] {self._out} holds shards but no collection.json: not ours")
-        probe = mx.arange(_PROBE_TOKENS)[None]
         states: list[int] = []
         self._runtime.on_routing = lambda layer, hidden, ids: states.append(hidden.shape[-1])
         try:
-            save_routers(self._out / "routers.safetensors", read_routers(model, probe))
+            routers = read_routers(model, moe_layers=layers)
         finally:
             self._runtime.on_routing = None
+        save_routers(self._out / "routers.safetensors", routers)
         collection = own | {
             "moe_layers": [layer.index for layer in layers],
             "num_experts": max(layer.num_experts for layer in layers),
