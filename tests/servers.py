@@ -21,7 +21,7 @@ from mlx_od_moe import ExpertPredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe.server import Server, Settings
 from mlx_od_moe.server.http_server import Listener
 
-PROMPT = "Once upon a time there was a small fox who"
+PROMPT = "Once upon a time"
 COMPLETIONS = "/v1/completions"
 
 

@@ -43,23 +43,23 @@ def slow():
 
 def test_completions_are_those_of_the_model_in_memory(server):
     model, tokenizer = load_stock(str(model_directory("nano-moe")))
-    expected = generate(model, tokenizer, PROMPT, max_tokens=12)
-    asked = {"model": "nano-moe", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    expected = generate(model, tokenizer, PROMPT, max_tokens=8)
+    asked = {"model": "nano-moe", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     completions = client(server).completions
     whole = completions.create(**asked)
     assert (whole.choices[0].text, whole.model) == (expected, "nano-moe")
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (
         len(tokenizer.encode(PROMPT)),
-        12,
+        8,
     )
     parts = list(completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.text for part in parts for c in part.choices) == expected
-    assert parts[-1].usage.completion_tokens == 12
+    assert parts[-1].usage.completion_tokens == 8
     ids = completions.create(**asked | {"prompt": tokenizer.encode(PROMPT)})
     assert ids.choices[0].text == expected
     seeded = [
-        completions.create(**asked | {"temperature": 1, "seed": 7}).choices[0].text
+        completions.create(**asked | {"temperature": 1, "seed": 7, "max_tokens": 3}).choices[0].text
         for _ in range(2)
     ]
     assert seeded[0] == seeded[1]
@@ -68,15 +68,27 @@ def test_completions_are_those_of_the_model_in_memory(server):
 def test_chats_stream_and_stop(server):
     asked = {"model": "nano-moe", "messages": [{"role": "user", "content": "def add(a, b):"}]}
     chat = client(server).chat.completions
-    whole = chat.create(**asked, max_tokens=16, temperature=0).choices[0]
+    whole = chat.create(**asked, max_tokens=8, temperature=0).choices[0]
     assert whole.message.role == "assistant"
     assert whole.message.content
-    streamed = chat.create(**asked, max_tokens=16, temperature=0, stream=True)
+    streamed = chat.create(**asked, max_tokens=8, temperature=0, stream=True)
     parts = [part.choices[0].delta.content or "" for part in streamed]
     assert "".join(parts) == whole.message.content
-    stopped = chat.create(**asked, max_tokens=16, temperature=0, stop=[parts[4]]).choices[0]
+    stopped = chat.create(**asked, max_tokens=8, temperature=0, stop=[parts[4]]).choices[0]
     assert stopped.finish_reason == "stop"
     assert stopped.message.content == "".join(parts[: parts.index(parts[4])])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_text_ends_the_answer_in_mid_token_too(server, stream):
+    asked = {"model": "nano-moe", "prompt": "The sea", "max_tokens": 12, "temperature": 0}
+    completions = client(server).completions
+    text = completions.create(**asked).choices[0].text
+    stop = text[7:11]
+    answer = completions.create(**asked, stop=["nowhere", stop], stream=stream)
+    parts = [p.choices[0] for p in answer] if stream else [answer.choices[0]]
+    assert "".join(part.text for part in parts) == text[: text.index(stop)]
+    assert parts[-1].finish_reason == "stop"
 
 
 def test_a_model_without_chat_template_chats_in_plain_text(loaded):
@@ -169,7 +181,7 @@ def test_a_failing_disk_fails_requests_and_not_the_server(loaded, monkeypatch, s
     def fail(*_: object) -> None:
         raise OSError("layer 3, expert 7: the disk is gone")
 
-    body = json.dumps({"prompt": PROMPT[:20], "max_tokens": 3, "seed": seed}).encode()
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "seed": seed}).encode()
     with serving(loaded) as server:
         with monkeypatch.context() as broken:
             broken.setattr(loaded[2].store, "acquire", fail)

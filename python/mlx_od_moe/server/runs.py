@@ -29,6 +29,26 @@ class ClientGoneError(ConnectionError):
     """Nobody waits for the answer any more."""
 
 
+class StopTexts:
+    """Finds stop texts that begin or end within a token; mlx-lm's generator finds the others.
+
+    Its handler strips what is found here from the answer.
+    """
+
+    def __init__(self, stops: list[str]):
+        self._stops, self._tail = stops, ""
+        self._kept = max(map(len, stops), default=1) - 1
+
+    def cut(self, text: str) -> str | None:
+        """The text up to the end of the first stop; None where none ends in it."""
+        whole = self._tail + text
+        ends = [at + len(stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if ends:
+            return text[: min(ends) - len(self._tail)]
+        self._tail = whole[len(whole) - self._kept :] if self._kept < len(whole) else whole
+        return None
+
+
 class Run(Queue[Any]):
     """One request under way, and the queue of what the generator says of it.
 
@@ -49,6 +69,7 @@ class Run(Queue[Any]):
         self._connection = connection
         self._poll.register(connection, select.POLLIN)
         self._context: Any = None
+        self._stops = StopTexts([])
         self._began = perf_counter()
 
     @property
@@ -62,6 +83,7 @@ class Run(Queue[Any]):
     ) -> tuple[Any, Iterator[Any]]:
         """As mlx-lm's ResponseGenerator, but ends with the client or the server."""
         args.collect = self.collect
+        self._stops = StopTexts(args.stop_words)
         self._generator.requests.put((self, request, args))
         context = self._next()
         return context, self._responses(progress_callback)
@@ -75,6 +97,11 @@ class Run(Queue[Any]):
             self._numbers.token()
             if self.first_token_seconds is None:
                 self.first_token_seconds = perf_counter() - self._began
+            rest = self._stops.cut(response.text)
+            if rest is not None:
+                response.text = rest
+                yield response
+                return  # which mlx-lm's handler takes for a stop
             yield response
 
     def _next(self) -> Any:
