@@ -14,7 +14,7 @@ GIVEN = 1 / 8
 def favour(
     slots: dict[int, int], unpredicted: Collection[int], file: ExpertFile, top_k: int
 ) -> dict[int, int]:
-    """The slots of each layer in no more bytes: up to an eighth of `slots` goes to `unpredicted`."""
+    """The slots of each layer, in no more bytes: up to an eighth goes to the `unpredicted`."""
     shares = dict(slots)
     givers = [layer for layer in slots if layer not in unpredicted]
     wanting = sorted(unpredicted)
