@@ -1,4 +1,5 @@
 // What runs a model's experts from the store: the native part of mlx_od_moe.switch and mlx_od_moe.offload.
+#include <mlx/compile_impl.h>
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -86,6 +87,12 @@ It ends when MLX has computed all that these arrays went into, or that will neve
   m.def(
       "is_computed", [](const mx::array& array) { return array.is_available(); }, "array"_a,
       nb::sig("def is_computed(array: mlx.core.array) -> bool"), "Whether MLX has computed it; never waits.");
+  m.def(
+      "clear_compile_cache", [] { mx::detail::compile_clear_cache(mx::detail::compile_cache()); },
+      R"(Forgets what mx.compile has compiled on this thread.
+
+The last thing for a thread to do that a process may end right after. MLX forgets it otherwise when the
+thread is gone for Python; where the interpreter is by then at its end, the process aborts.)");
 
   nb::class_<Prefetcher>(m, "Prefetcher", R"(Prefetches what a ShadowRunner predicts, where that pays.
 

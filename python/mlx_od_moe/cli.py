@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cmake-dir", action="store_true", help="print where the CMake package lies, for C++"
     )
-    from . import generate_command, simulate_command
+    from . import generate_command, serve_command, simulate_command
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, add, run, text in (
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
             generate_command.add_flags,
             generate_command.run,
             "generate text with a model whose experts stay on disk",
+        ),
+        (
+            "serve",
+            serve_command.add_flags,
+            serve_command.run,
+            "answer OpenAI's API with a model whose experts stay on disk",
         ),
         ("demo", _demo_flags, _demo, "all of it on the small model that ships, in two minutes"),
     ):

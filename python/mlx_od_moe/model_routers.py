@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +36,17 @@ class LayerRouter:
     norm: mx.array | None
 
 
-def read_routers(model: nn.Module, tokens: mx.array | None = None) -> dict[int, LayerRouter]:
+def read_routers(
+    model: nn.Module, tokens: mx.array | None = None, moe_layers: Sequence[MoELayer] | None = None
+) -> dict[int, LayerRouter]:
     """Read the router of each MoE layer and prove it on one forward pass over `tokens`.
 
     `tokens` is [1, n], the more of them and the more like real text the better. A layer whose
-    recorded choices its router's scores do not reproduce is left out with a warning.
+    recorded choices its router's scores do not reproduce is left out with a warning. `moe_layers`:
+    what find_moe_layers returned, for a model whose experts have gone to a store since.
     """
     tokens = mx.arange(32)[None] if tokens is None else tokens
-    layers = {layer.index: layer for layer in find_moe_layers(model)}
+    layers = {layer.index: layer for layer in moe_layers or find_moe_layers(model)}
     found: dict[int, LayerRouter] = {}
     for routing, norm in _probe(model, tokens):
         hidden = _float_rows(routing.hidden)

@@ -21,6 +21,8 @@ log = logging.getLogger("mlx_od_moe")
 WIDTH = 16
 # A hidden state has one row per sequence in decoding. More rows than this are a prompt.
 MOST_SEQUENCES = 64
+# Of each layer and distance; named / chosen is recall@k.
+_COUNTED = ("layer", "distance", "predictions", "chosen", "named", "useful", "wasted")
 
 
 class ShadowPrefetcher:
@@ -145,7 +147,7 @@ class ShadowPrefetcher:
             "recall_at_k": {d: _recall([r for r in rows if r["distance"] == d]) for d in distances},
             "layers": [
                 {
-                    **{n: r[n] for n in ("layer", "distance", "predictions", "useful", "wasted")},
+                    **{name: r[name] for name in _COUNTED},
                     "recall_at_k": _recall([r]),
                     "on": r["on"],
                 }

@@ -30,8 +30,7 @@ class Shard:
 
 def plan_shards(collection: Mapping[str, Any]) -> list[Shard]:
     """The shards of a collection, prefill and decode in turn where it has both."""
-    row_bytes = 2 * collection["hidden_size"] * len(recorded_layers(collection))
-    most = max(1, min(collection["shard_tokens"], _SHARD_BYTES // row_bytes))
+    most = max(1, min(collection["shard_tokens"], _SHARD_BYTES // row_bytes(collection)))
     tokens, mode = collection["tokens"], collection["mode"]
     decode = {"both": tokens // 2, "decode": tokens}.get(mode, 0)
     pieces = [(i, PREFILL, rows) for i, rows in enumerate(_split(tokens - decode, most))]
@@ -42,6 +41,11 @@ def plan_shards(collection: Mapping[str, Any]) -> list[Shard]:
         shards.append(Shard(index, phase, rows, first_row))
         first_row += rows
     return shards
+
+
+def row_bytes(collection: Mapping[str, Any]) -> int:
+    """The bytes of one token's hidden states."""
+    return 2 * int(collection["hidden_size"]) * len(recorded_layers(collection))
 
 
 def _split(tokens: int, most: int) -> list[int]:
