@@ -24,6 +24,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/read_probe.cpp
   cpp/mlx_od_moe/request_schedule.cpp
   cpp/mlx_od_moe/resident_experts.cpp
+  cpp/mlx_od_moe/runner_layers.cpp
   cpp/mlx_od_moe/safetensors.cpp
   cpp/mlx_od_moe/safetensors_header.cpp
   cpp/mlx_od_moe/sequence_context.cpp

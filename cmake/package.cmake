@@ -9,7 +9,8 @@ install(TARGETS mlx_od_moe_core EXPORT mlx_od_moe_targets LIBRARY DESTINATION ml
 install(FILES
   cpp/mlx_od_moe/export.h cpp/mlx_od_moe/predictor.h cpp/mlx_od_moe/predictor_file.h cpp/mlx_od_moe/weights.h
   cpp/mlx_od_moe/asymmetric_fence.h cpp/mlx_od_moe/parking.h cpp/mlx_od_moe/prediction_queue.h
-  cpp/mlx_od_moe/prediction_table.h cpp/mlx_od_moe/ring.h cpp/mlx_od_moe/shadow_runner.h
+  cpp/mlx_od_moe/prediction_table.h cpp/mlx_od_moe/ring.h cpp/mlx_od_moe/sequence_context.h
+  cpp/mlx_od_moe/shadow_runner.h
   cpp/mlx_od_moe/expert_checkpoint.h cpp/mlx_od_moe/expert_file.h cpp/mlx_od_moe/expert_layout.h
   cpp/mlx_od_moe/open_file.h cpp/mlx_od_moe/safetensors_header.h
   cpp/mlx_od_moe/disk_limiter.h cpp/mlx_od_moe/expert_reader.h cpp/mlx_od_moe/expert_slots.h

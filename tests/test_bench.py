@@ -90,6 +90,27 @@ def test_layers_in_rotation_with_two_threads(tmp_path):
     assert row["left_out"].keys() == {"onnxruntime"}
 
 
+def test_context_writes_every_row(tmp_path, capsys):
+    sizes = ("--window", "20", "--key-size", "8", "--state-size", "4")
+    result = bench(tmp_path, "context", "--formats", "int8", "--layers", "2", *sizes, *SMALL)
+    assert (result["window"], result["key_size"], result["state_size"]) == (20, 8, 4)
+    (row,) = result["results"]
+    found = row["microseconds"]
+    paths = ("previous state", "attention", "both")
+    assert found.keys() == {"plain", *paths, *(f"observing, {name}" for name in paths)}
+    for times in found.values():
+        check_times(times)
+    assert row["ratio"]["both"]["p50"] == pytest.approx(
+        found["both"]["p50"] / found["plain"]["p50"]
+    )
+    assert row["added"]["both"]["min"] == pytest.approx(
+        found["both"]["min"] - found["plain"]["min"]
+    )
+    held = row["bytes_per_sequence"]
+    assert 0 < held["previous state"] < held["attention"] < held["both"]
+    assert "MB per sequence" in capsys.readouterr().out
+
+
 def test_layers_are_as_many_and_alike():
     natives = predictor.make_natives(CONFIG, predictor.make_matrices(CONFIG), "int4", 1, layers=3)
     assert len(natives) == 3

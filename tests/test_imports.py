@@ -207,7 +207,7 @@ def test_only_the_bindings_include_nanobind():
 def test_queue_store_and_kernels_include_no_mlx():
     """Prefetch threads never see an MLX array, and ThreadSanitizer never sees MLX."""
     without = re.compile(
-        r"prediction_|shadow_runner|ring|parking|placement|read_probe|mlx_od_moe/expert_|eviction"
+        r"prediction_|shadow_runner|runner_layers|sequence_|context_memory|ring|parking|placement|read_probe|mlx_od_moe/expert_|eviction"
         r"|resident_|schedule|prefetch_policy|simulator|kernels|workers"
     )
     checked = [p for p in CPP if without.search(str(p.relative_to(ROOT)))]

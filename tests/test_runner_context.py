@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sequence_context import AHEAD, HIDDEN, LAYERS, make_bundle, make_states, oracle
 
+from context_models import AHEAD, HIDDEN, LAYERS, make_bundle, make_states, oracle
 from mlx_od_moe import ExpertPredictor, PredictorConfig, ShadowRunner
 from mlx_od_moe.context import ContextConfig
 
@@ -125,7 +125,9 @@ def test_resets_trims_and_forks_hold_for_what_comes_after(data):
     names = st.sampled_from([0, 1, 2])
     for _ in range(data.draw(st.integers(5, 25))):
         name = data.draw(names)
-        action = data.draw(st.sampled_from(["decode", "decode", "prefill", "trim", "reset", "fork"]))
+        action = data.draw(
+            st.sampled_from(["decode", "decode", "prefill", "trim", "reset", "fork"])
+        )
         if action == "reset":
             recorded.runner.reset(name)
             texts[name], longest[name] = [], 0
@@ -218,7 +220,9 @@ def test_a_forward_pass_has_one_number_of_tokens():
     with ShadowRunner(make_bundle(CONTEXT), "f32") as runner:
         states = make_states(4)
         runner.predict_async(states[0], 0)
-        with pytest.raises(ValueError, match="as many tokens at each layer, got 1 at layer 2 after 4"):
+        with pytest.raises(
+            ValueError, match="as many tokens at each layer, got 1 at layer 2 after 4"
+        ):
             runner.predict_async(states[2][:1], 2)
         with pytest.raises(ValueError, match=r"must be \[..., 20\], but is \[4, 19\]"):
             runner.predict_async(states[5][:, 1:], 5)
@@ -228,7 +232,9 @@ def test_a_forward_pass_has_one_number_of_tokens():
 
 def test_a_predictor_without_its_bundle_is_refused():
     predictor = ExpertPredictor(PredictorConfig(HIDDEN, 16, 10, 1, 2, context=CONTEXT))
-    with pytest.raises(ValueError, match=r"reads the memories of layers \[1\], but has those of \[\]"):
+    with pytest.raises(
+        ValueError, match=r"reads the memories of layers \[1\], but has those of \[\]"
+    ):
         ShadowRunner(predictor, moe_layers=[0, 1])
 
 

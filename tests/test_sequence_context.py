@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe._ext import available_kernels
+
+from context_models import HIDDEN, INNER, LAYERS, make_bundle, make_states, oracle
+from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe.context import ContextConfig, TokenMemory
 from mlx_od_moe.native_predictor import SequenceContext, load_bundle
 
-HIDDEN, INNER, EXPERTS = 20, 24, 10
-LAYERS = [0, 2, 3, 5]
-AHEAD = {0: 2, 2: 2, 3: 1}
 # What a forward loses, relative to the logits' norm.
 TOLERANCE = {"f32": 1e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 5e-2, "int4": 0.3}
 
@@ -27,44 +25,6 @@ contexts = st.builds(
     key_size=st.integers(1, 19),
     state_size=st.integers(0, 5),
 )
-
-
-def make_bundle(context: ContextConfig | None, seed: int = 0, **options) -> PredictorBundle:
-    """Every weight random; the last layer has no predictor."""
-    mx.random.seed(seed)
-    predictors = {}
-    for layer, lookahead in AHEAD.items():
-        config = PredictorConfig(HIDDEN, INNER, EXPERTS, lookahead, 3, context=context, **options)
-        predictors[layer] = ExpertPredictor(config)
-        if context and context.window:
-            reader = predictors[layer].context
-            reader.position_bias = mx.random.normal(reader.position_bias.shape)
-            reader.attended.weight = 3 * reader.attended.weight
-    memories = {t: TokenMemory(context, HIDDEN) for t in LAYERS[1:]} if context else {}
-    for memory in memories.values():
-        memory.encode.weight = 3 * memory.encode.weight
-    return PredictorBundle(LAYERS, predictors, memories=memories)
-
-
-def make_states(tokens: int, seed: int = 1) -> dict[int, np.ndarray]:
-    """{layer: [tokens, HIDDEN]}."""
-    rng = np.random.default_rng(seed)
-    return {layer: rng.standard_normal((tokens, HIDDEN), dtype=np.float32) for layer in LAYERS}
-
-
-def oracle(bundle: PredictorBundle, states: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """{layer: logits [tokens, ...] of one sequence}."""
-    arrays = {layer: mx.array(h) for layer, h in states.items()}
-    sequence = mx.zeros(len(states[0]), mx.int32)
-    return {
-        layer: np.array(
-            bundle[layer](
-                arrays[layer],
-                context=bundle.context_vectors(layer, arrays[layer], arrays, sequence),
-            )
-        )
-        for layer in bundle
-    }
 
 
 class Player:
@@ -131,7 +91,9 @@ def test_every_format_and_kernel(monkeypatch, kernel, format, context, trunk_ran
 
 
 @settings(max_examples=40, deadline=None)
-@given(context=contexts, prompt=st.integers(1, 140), tail=st.integers(1, 5), chunk=st.integers(1, 80))
+@given(
+    context=contexts, prompt=st.integers(1, 140), tail=st.integers(1, 5), chunk=st.integers(1, 80)
+)
 def test_decoding_goes_on_from_a_prefill(context, prompt, tail, chunk):
     """However the prompt was cut, the tokens after it see all of it."""
     bundle = make_bundle(context)
@@ -251,6 +213,28 @@ def test_a_token_that_was_left_out_is_seen_by_none():
         assert error(found[layer][0], expected) < 1e-5
 
 
+def test_what_was_trimmed_is_not_seen_across_a_gap():
+    natives = make_bundle(ContextConfig(6, 4, 3)).native("f32")
+    states, old = make_states(3, 1), make_states(3, 2)
+    bad = np.full((1, HIDDEN), np.nan, np.float32)
+    found = []
+    for trims in (False, True):
+        player = Player(natives)
+        player.play(states, 0, 1)
+        if trims:
+            player.play(old, 1, 3)
+            player.context.trim(2)
+        for layer in LAYERS:
+            if layer == 2:
+                with pytest.raises(ValueError, match="not finite"):
+                    player.context.observe(layer, bad)
+            else:
+                player.context.observe(layer, states[layer][1:2])
+        found.append(player.play(states, 2, 3))
+    for layer, logits in found[0].items():
+        np.testing.assert_allclose(found[1][layer], logits, atol=1e-6)
+
+
 def test_memory_is_bounded():
     bundle = make_bundle(ContextConfig(256, 64, 64))
     context = SequenceContext(bundle.native("int4"))
@@ -260,7 +244,8 @@ def test_memory_is_bounded():
         for layer in LAYERS:
             context.observe(layer, np.ones((1000, HIDDEN), np.float32))
         sizes.add(context.nbytes)
-    per_layer = 272 * 128 * 2 + 17 * 64 * 4 + (272 + 17) * 8
+    keys, values, states = 272 * 64 * 2, 64 * 320 * 2, 17 * 64 * 4
+    per_layer = keys + values + states + (272 + 17) * 8
     assert sizes == {3 * per_layer + 3 * INNER * 4}
 
 
@@ -319,7 +304,7 @@ def test_wrong_uses_are_refused():
     other = make_bundle(ContextConfig(4, 4, 4)).native("f32")
     with pytest.raises(ValueError, match="not one that this context was made for"):
         other[0].logits(np.zeros(HIDDEN, np.float32), sequence=context)
-    with pytest.raises(ValueError, match="share one context, got window 4.* and window 5"):
+    with pytest.raises(ValueError, match=r"share one context, got window 4.* and window 5"):
         SequenceContext({0: natives[0], 2: make_bundle(ContextConfig(5, 4, 4)).native()[2]})
 
 

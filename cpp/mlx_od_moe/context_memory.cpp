@@ -1,6 +1,7 @@
 #include "mlx_od_moe/context_memory.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "mlx_od_moe/half.h"
@@ -8,31 +9,42 @@
 namespace mlx_od_moe {
 namespace {
 
-using kernels::kSlotStep;
+using kernels::kPanelRows;
 
 constexpr int kStates = ContextMemory::kSpare + 1;
 constexpr int64_t kNowhere = std::numeric_limits<int64_t>::min() / 2;  // older than any window
+constexpr float kUnseen = -1e9f;                                       // a score that gets no weight
 
-int padded(int n) { return (n + kSlotStep - 1) / kSlotStep * kSlotStep; }
 size_t size(int64_t n) { return static_cast<size_t>(n); }
+int panels(int rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+Packing floats(const Packing& packing) {
+  const bool own = packing.format == kernels::kF32 || packing.format == kernels::kF16;
+  return {own ? packing.format : kernels::kBf16, packing.group, packing.kernels};
+}
+
+float* at_least(std::vector<float>& memory, int n) {
+  memory.resize(std::max(memory.size(), size(n)));
+  return memory.data();
+}
 
 }  // namespace
 
-ContextMemory::ContextMemory(const ContextConfig& config, kernels::Type type)
+ContextMemory::ContextMemory(const ContextConfig& config, const Packing& packing)
     : config_(config),
-      type_(type),
-      slots_(config.window > 0 ? padded(config.window + kSpare) : 0),
-      value_stride_(padded(config.key_size)) {}
+      packing_(floats(packing)),
+      slots_(config.window > 0 ? config.window + kSpare : 0),
+      key_columns_(packing_.columns(size(config.key_size))),
+      value_columns_(packing_.columns(size(slots_))) {}
 
 void ContextMemory::allocate() {
   if (!position_.empty() || !state_position_.empty()) return;
-  const size_t element = type_ == kernels::kFloat32 ? 4 : 2;
   const auto lines = [&](int rows, int columns) {
-    return (size(rows) * size(columns) * element + sizeof(Line) - 1) / sizeof(Line);
+    return size(panels(rows)) * packing_.panel_bytes(columns) / sizeof(Line);
   };
   if (config_.window > 0) {
-    keys_.resize(lines(config_.key_size, slots_));
-    values_.resize(lines(slots_, value_stride_));
+    keys_.resize(lines(slots_, key_columns_));
+    values_.resize(lines(config_.key_size, value_columns_));
     position_.assign(size(slots_), kNowhere);
   }
   if (config_.state_size > 0) {
@@ -41,12 +53,16 @@ void ContextMemory::allocate() {
   }
 }
 
-void ContextMemory::put(std::vector<Line>& ring, size_t index, float value) const {
-  std::byte* data = ring.front().bytes;
-  if (type_ == kernels::kFloat32) {
-    reinterpret_cast<float*>(data)[index] = value;
+void ContextMemory::put(std::vector<Line>& matrix, int columns, int row, int column, float value) const {
+  std::byte* panel = matrix.front().bytes + size(row / kPanelRows) * packing_.panel_bytes(columns);
+  const auto at = size(column * kPanelRows + row % kPanelRows);
+  if (packing_.format == kernels::kF32) {
+    reinterpret_cast<float*>(panel)[at] = value;
+  } else if (packing_.format == kernels::kF16) {
+    reinterpret_cast<uint16_t*>(panel)[at] = float_to_half(value);
   } else {
-    reinterpret_cast<uint16_t*>(data)[index] = float_to_bfloat(value);
+    const auto pair = size(column / 2 * kPanelRows + row % kPanelRows);
+    reinterpret_cast<uint16_t*>(panel)[2 * pair + size(column % 2)] = float_to_bfloat(value);
   }
 }
 
@@ -54,13 +70,13 @@ void ContextMemory::append(int64_t position, const float* row) {
   allocate();
   length_ = position + 1;
   if (config_.window > 0) {
-    const auto slot = size(position % slots_);
-    for (size_t i = 0; i < size(config_.key_size); ++i) {
-      put(keys_, i * size(slots_) + slot, row[i]);
-      put(values_, slot * size(value_stride_) + i, row[size(config_.key_size) + i]);
+    const auto slot = static_cast<int>(position % slots_);
+    for (int i = 0; i < config_.key_size; ++i) {
+      put(keys_, key_columns_, slot, i, row[i]);
+      put(values_, value_columns_, i, slot, row[config_.key_size + i]);
     }
-    position_[slot] = position;
-    used_ = std::max(used_, padded(static_cast<int>(slot) + 1));
+    position_[size(slot)] = position;
+    used_ = std::max(used_, slot + 1);
   }
   if (config_.state_size > 0) {
     const auto slot = size(position % kStates);
@@ -85,20 +101,38 @@ const float* ContextMemory::state(int64_t position) const {
   return state_position_[slot] == position ? states_.data() + slot * size(config_.state_size) : nullptr;
 }
 
-void ContextMemory::attend(const kernels::KernelSet& kernels, int64_t position, const float* query,
-                           const float* position_bias, float* scratch, float* out) const {
+void ContextMemory::attend(int64_t position, const float* query, const float* position_bias, AttentionScratch& scratch,
+                           float* out) const {
   if (used_ == 0) {
-    std::fill_n(out, value_stride_, 0.0f);
+    std::fill_n(out, config_.key_size, 0.0f);
     return;
   }
-  for (size_t slot = 0; slot < size(used_); ++slot) {
-    const int64_t age = position - position_[slot];
-    scratch[slot] = age >= 1 && age <= config_.window ? position_bias[age] : kernels::kUnseen;
+  const kernels::KernelSet& k = *packing_.kernels;
+  const auto multiply = [&](const std::vector<Line>& matrix, int rows, int columns, int width, const float* x,
+                            float* to) {
+    scratch.activations.begin(packing_, 1, width, 1);
+    const kernels::Panels panel{reinterpret_cast<const unsigned char*>(matrix.data()), packing_.panel_bytes(columns),
+                                panels(rows), width, packing_.group};
+    k.multiply[packing_.format](panel, scratch.activations.prepare(0, x, 0), to, 0);
+  };
+
+  float* scaled = at_least(scratch.query, key_columns_);
+  const float factor = 1.0f / std::sqrt(static_cast<float>(config_.key_size));
+  for (int i = 0; i < config_.key_size; ++i) scaled[i] = query[i] * factor;
+  std::fill(scaled + config_.key_size, scaled + key_columns_, 0.0f);
+  float* scores = at_least(scratch.scores, value_columns_);
+  multiply(keys_, used_, key_columns_, key_columns_, scaled, scores);
+
+  for (int slot = 0; slot < used_; ++slot) {
+    const int64_t age = position - position_[size(slot)];
+    scores[slot] = age >= 1 && age <= config_.window ? scores[slot] + position_bias[age] : kUnseen;
   }
-  const kernels::Attention attention{
-      keys_.front().bytes, values_.front().bytes, type_, used_, config_.key_size, slots_, value_stride_, query, scratch,
-      position_bias[0]};
-  kernels.attend(attention, scratch + slots_, out);
+  k.softmax(scores, used_, position_bias[0]);
+  const int width = packing_.columns(size(used_));
+  std::fill(scores + used_, scores + width, 0.0f);
+  float* value = at_least(scratch.value, panels(config_.key_size) * kPanelRows);
+  multiply(values_, config_.key_size, value_columns_, width, scores, value);
+  std::copy_n(value, config_.key_size, out);
 }
 
 size_t ContextMemory::bytes() const {
@@ -106,8 +140,8 @@ size_t ContextMemory::bytes() const {
          (position_.size() + state_position_.size()) * sizeof(int64_t);
 }
 
-size_t ContextMemory::bytes(const ContextConfig& config, kernels::Type type) {
-  ContextMemory memory(config, type);
+size_t ContextMemory::most_bytes(const ContextConfig& config, const Packing& packing) {
+  ContextMemory memory(config, packing);
   memory.allocate();
   return memory.bytes();
 }

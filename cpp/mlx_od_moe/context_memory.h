@@ -4,28 +4,34 @@
 // and of kSpare more, so that trimming up to kSpare tokens loses none that attention sees; another holds the
 // last kSpare + 1 states. A token that was left out leaves a gap, which nobody attends to.
 //
+// Layout     Keys are a matrix [slots, key_size] and values one [key_size, slots], packed in panels like any
+//            other (see kernels.h), in the packing's own format if it is f32 or f16, else in bf16.
 // Threads    None of its own: writing excludes reading.
 // Ownership  Holds its numbers; copies are independent.
 // Errors     std::bad_alloc.
-// Units      Floats; keys and values are kept as float32, or as bfloat16 (half the bytes to read).
-// Costs      Nothing until the first token; then at most bytes(config, type): 148 KB for a window of 256 and
-//            sizes of 64 in bfloat16.
+// Costs      Nothing until the first token; then at most `most_bytes`: 83 KB for a window of 256 and sizes of
+//            64 in bf16. Attention reads all of that but the states.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "mlx_od_moe/kernels/kernels.h"
-#include "mlx_od_moe/weights.h"
+#include "mlx_od_moe/packed_matrix.h"
 
 namespace mlx_od_moe {
+
+// Of one call to ContextMemory::attend.
+struct AttentionScratch {
+  Activations activations;
+  std::vector<float> query, scores, value;
+};
 
 class ContextMemory {
  public:
   static constexpr int kSpare = 16;
 
-  ContextMemory(const ContextConfig& config, kernels::Type type);
+  ContextMemory(const ContextConfig& config, const Packing& packing);
 
   // One token's key, value and state, [memory_size]; position >= length(), those between are left out.
   void append(int64_t position, const float* row);
@@ -40,15 +46,13 @@ class ContextMemory {
   const float* state(int64_t position) const;
   // Whether a token at `position` may see any key.
   bool attends(int64_t position) const { return position > 0 && position - config_.window < length_; }
-  // One head for a token at `position`: query [key_size], already scaled, position_bias [window + 1] of 0
-  // tokens back (which stands for nothing) to `window`; out [value_stride()]. `scratch`: 2 * slots() floats.
-  void attend(const kernels::KernelSet& kernels, int64_t position, const float* query, const float* position_bias,
-              float* scratch, float* out) const;
+  // One head for a token at `position`: query and out [key_size], position_bias [window + 1] of 0 tokens back
+  // (which stands for nothing) to `window`.
+  void attend(int64_t position, const float* query, const float* position_bias, AttentionScratch& scratch,
+              float* out) const;
 
-  int slots() const { return slots_; }
-  int value_stride() const { return value_stride_; }
   size_t bytes() const;
-  static size_t bytes(const ContextConfig& config, kernels::Type type);
+  static size_t most_bytes(const ContextConfig& config, const Packing& packing);
 
  private:
   struct alignas(64) Line {
@@ -56,15 +60,16 @@ class ContextMemory {
   };
 
   void allocate();
-  void put(std::vector<Line>& ring, size_t index, float value) const;
+  void put(std::vector<Line>& matrix, int columns, int row, int column, float value) const;
 
   ContextConfig config_;
-  kernels::Type type_;
-  int slots_;         // of the ring of keys and values
-  int value_stride_;  // floats of a value's row
+  Packing packing_;
+  int slots_;          // of the ring of keys and values
+  int key_columns_;    // key_size, padded
+  int value_columns_;  // slots_, padded
   int64_t length_ = 0;
-  int used_ = 0;                         // slots that were ever written
-  std::vector<Line> keys_, values_;      // as Attention has them
+  int used_ = 0;  // slots that were ever written
+  std::vector<Line> keys_, values_;
   std::vector<int64_t> position_;        // of each slot's token
   std::vector<float> states_;            // [kSpare + 1, state_size]
   std::vector<int64_t> state_position_;  // likewise

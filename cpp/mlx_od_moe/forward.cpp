@@ -284,9 +284,8 @@ void Forward::attend(int tokens, int columns) {
   const auto size = static_cast<size_t>(predictor_->config.context.key_size);
   const auto stride = static_cast<size_t>(columns);
   float* read = at_least(read_, stride * static_cast<size_t>(tokens));
-  float* scratch = at_least(scratch_, sequence_->scratch_floats());
   for (int t = 0; t < tokens; ++t, read += stride) {
-    sequence_->attend(source_, position_ + t, result(0, 1, t), scratch, read);
+    sequence_->attend(source_, position_ + t, result(0, 1, t), attention_, read);
     std::fill(read + lookahead * size, read + stride, 0.0f);
   }
 }

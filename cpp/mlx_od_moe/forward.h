@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/packed_matrix.h"
 #include "mlx_od_moe/predictor.h"
 #include "mlx_od_moe/sequence_context.h"
@@ -125,8 +126,9 @@ class Forward : public SharedWork {
   int64_t position_ = 0;
   bool attends_ = false;  // some earlier token can be seen
   Stage stages_[kPhases];
-  std::vector<float> hidden_, scaled_, projected_, read_, inner_, scores_, logits_, scratch_;
+  std::vector<float> hidden_, scaled_, projected_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;
+  AttentionScratch attention_;
 };
 
 }  // namespace mlx_od_moe

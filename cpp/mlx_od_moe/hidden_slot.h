@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "mlx_od_moe/predictor.h"
-#include "mlx_od_moe/sequence_table.h"
+#include "mlx_od_moe/runner_layers.h"
 #include "mlx_od_moe/shadow_runner.h"
 
 namespace mlx_od_moe {
@@ -29,7 +29,7 @@ struct HiddenSlot {
   void reserve(const PredictorConfig& config) { hidden_.reserve(static_cast<size_t>(config.hidden_size) * 4); }
 
   // Without a predictor only the state is kept.
-  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, int hidden_size, const Predictor* predictor) {
+  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, const RunnerLayer& of) {
     const auto tokens = static_cast<size_t>(given.tokens);
     query = given;
     query.sequence = nullptr;
@@ -37,15 +37,15 @@ struct HiddenSlot {
     if (!pending) {
       const size_t element = given.dtype == DType::float32 ? 4 : 2;
       const auto* from = static_cast<const std::byte*>(given.hidden);
-      hidden_.assign(from, from + tokens * static_cast<size_t>(hidden_size) * element);
+      hidden_.assign(from, from + tokens * static_cast<size_t>(of.hidden_size) * element);
       query.hidden = hidden_.data();
     }
-    if (predictor == nullptr) {
+    if (!of.predictor) {
       query.previous = nullptr;
       query.context = nullptr;
       return;
     }
-    const PredictorConfig& config = predictor->config();
+    const PredictorConfig& config = of.predictor->config();
     if (given.previous != nullptr) {
       const size_t row = static_cast<size_t>(config.lookahead) * static_cast<size_t>(given.num_previous);
       previous_.assign(given.previous, given.previous + tokens * row);

@@ -1,10 +1,10 @@
 #include "mlx_od_moe/sequence_context.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/forward.h"
 
 namespace mlx_od_moe {
@@ -41,6 +41,26 @@ void multiply(const Packing& packing, const PackedMatrix& matrix, int tokens, in
 
 }  // namespace
 
+struct SequenceContext::Memory {
+  ContextMemory memory;
+  const PackedPredictor* owner;  // of a predictor that looks at this layer
+  size_t distance;               // among its memories
+  std::vector<size_t> sources;   // all that look at it
+};
+
+struct SequenceContext::Source {
+  const PackedPredictor* predictor;
+  std::vector<size_t> memories;  // per distance
+  std::vector<float> vector;
+  int64_t position;  // that the vector is for
+};
+
+SequenceContext::SequenceContext(const SequenceContext& other) = default;
+SequenceContext::SequenceContext(SequenceContext&& other) noexcept = default;
+SequenceContext& SequenceContext::operator=(const SequenceContext& other) = default;
+SequenceContext& SequenceContext::operator=(SequenceContext&& other) noexcept = default;
+SequenceContext::~SequenceContext() = default;
+
 SequenceContext::SequenceContext(const std::map<int, Predictor>& predictors) {
   for (const auto& [layer, predictor] : predictors) {
     if (!predictor.packed().context.memories.empty()) add(predictor);
@@ -52,12 +72,11 @@ void SequenceContext::add(const Predictor& predictor) {
   const ContextConfig& config = packed.config.context;
   if (sources_.empty()) config_ = config;
   if (config != config_) refuse("predictors share one context, got " + text(config_) + " and " + text(config));
-  const bool wide = packed.packing.format == kernels::kF32 || packed.packing.format == kernels::kF16;
   Source source{&packed, {}, std::vector<float>(size(packed.config.predictor_size)), -1};
   for (size_t d = 0; d < packed.context.memories.size(); ++d) {
     const auto [found, added] = layers_.try_emplace(packed.context.memories[d].layer, memories_.size());
     if (added) {
-      memories_.push_back({ContextMemory(config, wide ? kernels::kFloat32 : kernels::kBfloat16), &packed, d, {}});
+      memories_.push_back({ContextMemory(config, packed.packing), &packed, d, {}});
     }
     memories_[found->second].sources.push_back(sources_.size());
     source.memories.push_back(found->second);
@@ -151,6 +170,8 @@ int64_t SequenceContext::length(int layer) const {
   return found == layers_.end() ? 0 : memories_[found->second].memory.length();
 }
 
+bool SequenceContext::empty() const { return sources_.empty(); }
+
 int SequenceContext::hidden_size() const { return empty() ? 0 : sources_.front().predictor->config.hidden_size; }
 
 size_t SequenceContext::bytes() const {
@@ -183,25 +204,14 @@ const float* SequenceContext::previous_state(size_t source, int64_t position) co
   return config_.state_size > 0 && s.position == position ? s.vector.data() : nullptr;
 }
 
-void SequenceContext::attend(size_t source, int64_t position, const float* query, float* scratch, float* out) const {
+void SequenceContext::attend(size_t source, int64_t position, const float* query, AttentionScratch& scratch,
+                             float* out) const {
   const Source& s = sources_[source];
-  const kernels::KernelSet& k = *s.predictor->packing.kernels;
-  const size_t key_size = size(config_.key_size);
-  const float factor = 1.0f / std::sqrt(static_cast<float>(config_.key_size));
-  float* scaled = scratch;
-  float* value = scaled + key_size;
-  float* rest = value + memories_.front().memory.value_stride();
   for (size_t d = 0; d < s.memories.size(); ++d) {
-    for (size_t i = 0; i < key_size; ++i) scaled[i] = query[d * key_size + i] * factor;
     const float* bias = s.predictor->context.position_bias + d * size(config_.window + 1);
-    memories_[s.memories[d]].memory.attend(k, position, scaled, bias, rest, value);
-    std::copy_n(value, key_size, out + d * key_size);
+    const size_t head = d * size(config_.key_size);
+    memories_[s.memories[d]].memory.attend(position, query + head, bias, scratch, out + head);
   }
-}
-
-size_t SequenceContext::scratch_floats() const {
-  const ContextMemory& memory = memories_.front().memory;
-  return size(config_.key_size) + size(memory.value_stride()) + 2 * size(memory.slots());
 }
 
 }  // namespace mlx_od_moe

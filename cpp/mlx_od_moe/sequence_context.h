@@ -13,8 +13,9 @@
 // Ownership  Shares the predictors' weights. A copy is independent of the original: that is a fork.
 // Errors     std::invalid_argument, "[SequenceContext] rule, value".
 // Units      Layers by the model's index; positions and lengths in tokens.
-// Costs      Per target layer (window + 16) * 2 * key_size * b + 17 * state_size * 4 bytes, b = 4 where the
-//            predictors' format is f32 or f16, else 2; and per predictor predictor_size * 4 bytes.
+// Costs      Per target layer about (window + 16) * (2 * key_size * b + 8) + 17 * state_size * 4 bytes, key_size
+//            and window + 16 rounded up to 64, b = 4 where the predictors' format is f32, else 2 (exactly:
+//            ContextMemory::most_bytes); and per predictor predictor_size * 4 bytes.
 #pragma once
 
 #include <cstddef>
@@ -22,16 +23,22 @@
 #include <map>
 #include <vector>
 
-#include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/export.h"
 #include "mlx_od_moe/predictor.h"
 
 namespace mlx_od_moe {
 
+struct AttentionScratch;
+
 class MLX_OD_MOE_API SequenceContext {
  public:
   // For a bundle's predictors, by layer. None of them has a context: it remembers nothing.
   explicit SequenceContext(const std::map<int, Predictor>& predictors);
+  SequenceContext(const SequenceContext& other);
+  SequenceContext(SequenceContext&& other) noexcept;
+  SequenceContext& operator=(const SequenceContext& other);
+  SequenceContext& operator=(SequenceContext&& other) noexcept;
+  ~SequenceContext();
 
   // Tokens have passed the layer: states.hidden [tokens, hidden_size]. `states.position` is that of the first
   // (-1: after the last one observed there), not before length(layer). Ignored where no predictor looks at
@@ -39,18 +46,18 @@ class MLX_OD_MOE_API SequenceContext {
   void observe(int layer, const Query& states);
 
   void reset() { trim_to(0); }
-  // Forgets the last `tokens` tokens, as a prompt cache that is trimmed does. Up to ContextMemory::kSpare
-  // tokens nothing else is lost. Beyond, the tokens that the rings had dropped for them are missing: attention
-  // sees the rest of its window, and without a previous token's state nothing is added for it.
+  // Forgets the last `tokens` tokens, as a prompt cache that is trimmed does. Up to 16 tokens
+  // (ContextMemory::kSpare) nothing else is lost. Beyond, the tokens that the rings had dropped for them are missing:
+  // attention sees the rest of its window, and without a previous token's state nothing is added for it.
   void trim(int64_t tokens);
   void trim_to(int64_t length);
 
   int64_t length() const;           // tokens that have passed the layer that most have passed
   int64_t length(int layer) const;  // tokens that have passed this one; 0 where it is not remembered
   bool remembers(int layer) const { return layers_.contains(layer); }
-  bool empty() const { return sources_.empty(); }  // no predictor has a context
-  int hidden_size() const;                         // 0 where it is empty
-  size_t bytes() const;                            // held now
+  bool empty() const;       // no predictor has a context
+  int hidden_size() const;  // 0 where it is empty
+  size_t bytes() const;     // held now
 
   // What the forward asks for. A source is a predictor; throws where it is not one of these.
   size_t source_of(const PackedPredictor& predictor) const;
@@ -59,22 +66,11 @@ class MLX_OD_MOE_API SequenceContext {
   // The kept vector [predictor_size] for the token at `position`; null where there is none.
   const float* previous_state(size_t source, int64_t position) const;
   // All heads: query [lookahead * key_size] to out, likewise.
-  void attend(size_t source, int64_t position, const float* query, float* scratch, float* out) const;
-  size_t scratch_floats() const;
+  void attend(size_t source, int64_t position, const float* query, AttentionScratch& scratch, float* out) const;
 
  private:
-  struct Memory {
-    ContextMemory memory;
-    const PackedPredictor* owner;  // of a predictor that looks at this layer
-    size_t distance;               // among its memories
-    std::vector<size_t> sources;   // all that look at it
-  };
-  struct Source {
-    const PackedPredictor* predictor;
-    std::vector<size_t> memories;  // per distance
-    std::vector<float> vector;
-    int64_t position;  // that the vector is for
-  };
+  struct Memory;
+  struct Source;
 
   void add(const Predictor& predictor);
   void encode(Memory& memory, const Query& states, int first, int tokens, int64_t position);

@@ -10,9 +10,8 @@
 #include "mlx_od_moe/error_list.h"
 #include "mlx_od_moe/expert_ranking.h"
 #include "mlx_od_moe/hidden_slot.h"
-#include "mlx_od_moe/kernels/kernels.h"
 #include "mlx_od_moe/latency_histogram.h"
-#include "mlx_od_moe/sequence_table.h"
+#include "mlx_od_moe/runner_layers.h"
 #include "mlx_od_moe/signals_blocked.h"
 
 namespace mlx_od_moe {
@@ -24,49 +23,32 @@ int64_t now_ns() { return std::chrono::nanoseconds(Parking::Clock::now().time_si
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("[ShadowRunner] " + what); }
 
-std::string listed(const std::vector<int>& layers) {
-  std::string out = "[";
-  for (int layer : layers) out += (out.size() > 1 ? ", " : "") + std::to_string(layer);
-  return out + "]";
-}
-
 }  // namespace
 
 class ShadowRunner::Worker {
  public:
-  Worker(std::vector<LayerPredictor> predictors, std::vector<int> known, const RunnerOptions& options,
+  Worker(std::vector<LayerPredictor> predictors, std::vector<int> moe_layers, const RunnerOptions& options,
          std::shared_ptr<PredictionQueue> given, OnPrediction on_prediction)
-      : moe_layers(std::move(known)),
+      : layers(std::move(predictors), std::move(moe_layers), options.k),
         queue(given ? std::move(given) : std::make_shared<PredictionQueue>()),
-        options_(options),
         on_prediction_(std::move(on_prediction)),
         free_(slots_for(options)),
         pending_(slots_for(options)),
         slots_(slots_for(options)),
-        awaited_(moe_layers.size()) {
-    const auto falls = std::adjacent_find(moe_layers.begin(), moe_layers.end(), std::greater_equal<>());
-    if (moe_layers.empty() || falls != moe_layers.end() || moe_layers.front() < 0 || moe_layers.back() > INT16_MAX) {
-      refuse("moe_layers must be rising numbers from 0 to 32767, got " + listed(moe_layers));
+        awaited_(layers.size()),
+        sequences_(layers.make_sequences()) {
+    size_t most_experts = 0;
+    for (const RunnerLayer& layer : layers.all()) {
+      if (!layer.predictor) continue;
+      const PredictorConfig& config = layer.predictor->config();
+      most_experts = std::max(most_experts, size(config.num_experts));
+      ranking_.reserve(config);
+      for (HiddenSlot& slot : slots_) slot.reserve(config);
     }
-    layers_.resize(moe_layers.size());
-    for (LayerPredictor& p : predictors) add(std::move(p));
-    make_sequences();
-    table_ = std::make_unique<PredictionTable>(moe_layers.size(), most_experts_);
+    table_ = std::make_unique<PredictionTable>(layers.size(), most_experts);
     for (uint32_t i = 0; i < slots_.size(); ++i) free_.try_push(uint32_t{i});
   }
 
-  size_t index(int layer) const {
-    const auto found = std::lower_bound(moe_layers.begin(), moe_layers.end(), layer);
-    if (found == moe_layers.end() || *found != layer) {
-      refuse("layer must be one of the MoE layers " + listed(moe_layers) + ", got " + std::to_string(layer));
-    }
-    return static_cast<size_t>(found - moe_layers.begin());
-  }
-
-  const Predictor* predictor(size_t layer) const {
-    return layers_[layer].predictor ? &*layers_[layer].predictor : nullptr;
-  }
-  int hidden_size(size_t layer) const { return layers_[layer].hidden_size; }
   SequenceTable* sequences() const { return sequences_.get(); }
 
   bool has_thread() const { return forks_ == fork_count(); }  // not in a forked child
@@ -107,14 +89,14 @@ class ShadowRunner::Worker {
     slot.layer = layer;
     slot.place = place;
     try {
-      slot.fill(query, std::move(bytes), layers_[layer].hidden_size, predictor(layer));
+      slot.fill(query, std::move(bytes), layers[layer]);
       slot.query.position = place.position;
     } catch (...) {
       drop();
       free_.try_push(std::move(number));
       throw;
     }
-    for (size_t target : layers_[layer].targets) awaited_[target].fetch_add(1, std::memory_order_relaxed);
+    for (size_t target : layers[layer].targets) awaited_[target].fetch_add(1, std::memory_order_relaxed);
     if (pending_.try_push(std::move(number))) {
       work_.notify_one();
       meeting_.fetch_add(1, std::memory_order_acq_rel);
@@ -175,20 +157,12 @@ class ShadowRunner::Worker {
 
   static inline thread_local const Worker* running_here = nullptr;
 
-  const std::vector<int> moe_layers;
+  const RunnerLayers layers;
   const std::shared_ptr<PredictionQueue> queue;
   std::atomic<uint64_t> step{0};
   std::atomic<bool> stopping{false};
 
  private:
-  struct Layer {
-    std::optional<Predictor> predictor;
-    std::vector<size_t> targets;
-    int k = 0;
-    int hidden_size = 0;      // of the states that are read; 0: none
-    bool remembered = false;  // they leave something for later tokens
-  };
-
   static size_t slots_for(const RunnerOptions& options) {
     if (options.capacity < 1 || options.capacity > 4096) {
       refuse("capacity must be 1 ... 4096 hidden states, got " + std::to_string(options.capacity));
@@ -196,58 +170,9 @@ class ShadowRunner::Worker {
     return size(options.capacity) + 1;  // and the one that is being predicted
   }
 
-  void add(LayerPredictor&& given) {
-    Layer& layer = layers_[index(given.layer)];
-    const PredictorConfig& config = given.predictor.config();
-    layer.k = options_.k == 0 ? config.top_k : options_.k;
-    const int most = std::min(kernels::kMaxTopK, config.num_experts);
-    if (layer.k < 1 || layer.k > most) {
-      refuse("k must be 1 ... " + std::to_string(most) + ", got " + std::to_string(layer.k));
-    }
-    if (config.num_experts > PredictionRecord::kMaxIds * PredictionRecord::kMaxParts) {
-      refuse("num_experts must be at most 4096, got " + std::to_string(config.num_experts));
-    }
-    for (int target : given.targets) {
-      if (layer.targets.size() == size(config.lookahead)) break;
-      if (target <= given.layer) {
-        refuse("targets must come after layer " + std::to_string(given.layer) + ", got " + std::to_string(target));
-      }
-      layer.targets.push_back(index(target));
-    }
-    if (layer.targets.empty()) return;
-    most_experts_ = std::max(most_experts_, size(config.num_experts));
-    ranking_.reserve(config);
-    for (HiddenSlot& slot : slots_) slot.reserve(config);
-    layer.hidden_size = config.hidden_size;
-    layer.predictor.emplace(std::move(given.predictor));
-  }
-
-  // Where predictors have a context: their targets' states are observed, also where no predictor is.
-  void make_sequences() {
-    std::map<int, Predictor> reading;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      if (!layers_[i].predictor || !layers_[i].predictor->config().has_context()) continue;
-      const std::vector<int> memories = layers_[i].predictor->memory_layers();
-      std::vector<int> targets;
-      for (size_t target : layers_[i].targets) targets.push_back(moe_layers[target]);
-      if (memories != targets) {
-        refuse("the predictor of layer " + std::to_string(moe_layers[i]) + " reads the memories of layers " +
-               listed(targets) + ", but has those of " + listed(memories) + ": its bundle holds them");
-      }
-      reading.emplace(moe_layers[i], *layers_[i].predictor);
-    }
-    if (reading.empty()) return;
-    sequences_ = std::make_unique<SequenceTable>(reading);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      if (!sequences_->none().remembers(moe_layers[i])) continue;
-      layers_[i].remembered = true;
-      layers_[i].hidden_size = sequences_->none().hidden_size();
-    }
-  }
-
   // The prediction goes first: what the state leaves for later tokens can wait.
   void run(HiddenSlot& slot) {
-    const Layer& layer = layers_[slot.layer];
+    const RunnerLayer& layer = layers[slot.layer];
     SequenceContext* context = nullptr;
     std::atomic<uint64_t>* outcome = &failed_;
     const bool usable = kept([&] {
@@ -267,7 +192,7 @@ class ShadowRunner::Worker {
     if (layer.predictor) settle(slot, outcome);
     call_back();
     const bool observed =
-        usable && layer.remembered && kept([&] { context->observe(moe_layers[slot.layer], slot.query); });
+        usable && layer.remembered && kept([&] { context->observe(layers.number(slot.layer), slot.query); });
     if (!layer.predictor) settle(slot, observed ? &observed_ : &failed_);
     slot.pending.reset();
   }
@@ -290,7 +215,7 @@ class ShadowRunner::Worker {
   }
 
   bool predict(const HiddenSlot& slot, int64_t ready_ns) {
-    const Layer& layer = layers_[slot.layer];
+    const RunnerLayer& layer = layers[slot.layer];
     const auto is_over = [&] { return over(slot); };
     const auto publish_one = [&](size_t d, auto experts) { publish(slot, ready_ns, d, experts); };
     return ranking_.rank(*layer.predictor, slot.query, layer.k, layer.targets.size(), std::ref(is_over),
@@ -301,13 +226,13 @@ class ShadowRunner::Worker {
 
   // Hands out the slot's prediction for its target d.
   void publish(const HiddenSlot& slot, int64_t ready_ns, size_t d, std::span<const ScoredExpert> experts) {
-    const size_t target = layers_[slot.layer].targets[d];
+    const size_t target = layers[slot.layer].targets[d];
     table_->write(target, slot.step, experts);
     PredictionRecord record;
     record.step = slot.step;
     record.ready_ns = ready_ns;
-    record.source_layer = static_cast<int16_t>(moe_layers[slot.layer]);
-    record.target_layer = static_cast<int16_t>(moe_layers[target]);
+    record.source_layer = static_cast<int16_t>(layers.number(slot.layer));
+    record.target_layer = static_cast<int16_t>(layers.number(target));
     record.distance = static_cast<uint8_t>(d + 1);
     record.batch = slot.query.tokens > 1;
     constexpr auto kMaxIds = size_t{PredictionRecord::kMaxIds};
@@ -325,7 +250,7 @@ class ShadowRunner::Worker {
 
   // No longer under way, whatever became of it.
   void settle(const HiddenSlot& slot) {
-    for (size_t target : layers_[slot.layer].targets) awaited_[target].fetch_sub(1, std::memory_order_release);
+    for (size_t target : layers[slot.layer].targets) awaited_[target].fetch_sub(1, std::memory_order_release);
     progress_.notify_all();
   }
 
@@ -344,19 +269,16 @@ class ShadowRunner::Worker {
     to_call_back_.clear();
   }
 
-  const RunnerOptions options_;
   const OnPrediction on_prediction_;
   const uint32_t forks_ = fork_count();
-  std::vector<Layer> layers_;
-  size_t most_experts_ = 0;
   std::unique_ptr<PredictionTable> table_;
-  std::unique_ptr<SequenceTable> sequences_;  // null where no predictor has a context
-  std::optional<size_t> last_layer_;          // the submitting thread's
+  std::optional<size_t> last_layer_;  // the submitting thread's
 
   Ring<uint32_t> free_, pending_;  // numbers of slots
   std::vector<HiddenSlot> slots_;
   Parking work_;
-  std::vector<std::atomic<int>> awaited_;  // per MoE layer: submissions under way that speak of it
+  std::vector<std::atomic<int>> awaited_;           // per MoE layer: submissions under way that speak of it
+  const std::unique_ptr<SequenceTable> sequences_;  // null where no predictor has a context
   mutable Parking progress_;
   std::atomic<uint32_t> meeting_{0};
 
@@ -393,7 +315,7 @@ uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_
   check();
   worker_->require_thread();
   if (closed()) throw std::runtime_error("[ShadowRunner] is closed");
-  const size_t index = worker_->index(layer);
+  const size_t index = worker_->layers.index(layer);
   if (query.tokens < 0 || (query.hidden == nullptr && !bytes && query.tokens > 0)) {
     refuse("a query needs a hidden state, and 0 or more tokens; got " + std::to_string(query.tokens));
   }
@@ -403,14 +325,14 @@ uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_
   if (SequenceTable* table = worker_->sequences()) {
     place = table->place(sequence, layer, query.tokens, current, step.has_value());
   }
-  if (worker_->hidden_size(index) > 0) worker_->submit(index, query, std::move(bytes), place);
+  if (worker_->layers[index].hidden_size > 0) worker_->submit(index, query, std::move(bytes), place);
   return current;
 }
 
 std::vector<ScoredExpert> ShadowRunner::get_predictions(int layer, Clock::time_point deadline, bool* settled) const {
   check();
   worker_->require_thread();
-  return worker_->get(worker_->index(layer), deadline, settled);
+  return worker_->get(worker_->layers.index(layer), deadline, settled);
 }
 
 void ShadowRunner::reset(int sequence) {
@@ -425,9 +347,12 @@ void ShadowRunner::fork(int sequence, int to) {
   if (SequenceTable* table = worker_->sequences()) table->fork(sequence, to);
 }
 
-int ShadowRunner::hidden_size(int layer) const { return worker_->hidden_size(worker_->index(layer)); }
-const Predictor* ShadowRunner::predictor(int layer) const { return worker_->predictor(worker_->index(layer)); }
-const std::vector<int>& ShadowRunner::moe_layers() const { return worker_->moe_layers; }
+int ShadowRunner::hidden_size(int layer) const { return worker_->layers[worker_->layers.index(layer)].hidden_size; }
+const Predictor* ShadowRunner::predictor(int layer) const {
+  const RunnerLayer& found = worker_->layers[worker_->layers.index(layer)];
+  return found.predictor ? &*found.predictor : nullptr;
+}
+const std::vector<int>& ShadowRunner::moe_layers() const { return worker_->layers.numbers(); }
 const std::shared_ptr<PredictionQueue>& ShadowRunner::queue() const { return worker_->queue; }
 uint64_t ShadowRunner::step() const { return worker_->step.load(std::memory_order_acquire); }
 RunnerStatistics ShadowRunner::statistics() const { return worker_->statistics(); }

@@ -133,6 +133,26 @@ TEST_CASE("activations and norms agree with float64") {
   });
 }
 
+TEST_CASE("softmax leaves a share to nothing, and none to what is unseen") {
+  for_each_kernel([](const kernels::KernelSet& k) {
+    for (const int n : {1, 5, 32, 33, 272}) {
+      for (const float nothing : {-40.0f, 0.5f, 60.0f}) {
+        std::mt19937 generator(static_cast<unsigned>(n));
+        std::normal_distribution<float> distribution(0, 10);
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& v : x) v = generator() % 4 == 0 ? -1e9f : distribution(generator);
+        double total = std::exp(double{nothing});
+        for (const float v : x) total += std::exp(double{v});
+        std::vector<float> found = x;
+        k.softmax(found.data(), n, nothing);
+        for (size_t i = 0; i < x.size(); ++i) {
+          CHECK(std::abs(found[i] - std::exp(double{x[i]}) / total) <= 1e-5 * found[i] + 1e-37);
+        }
+      }
+    }
+  });
+}
+
 TEST_CASE("an unknown kernel is refused") {
   const UseKernel use("sse9");
   CHECK_THROWS_WITH_AS(kernels::select_kernels(), doctest::Contains("not 'sse9'"), std::invalid_argument);

@@ -24,7 +24,6 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -297,7 +296,7 @@ const KernelSet kAvx2 = {
     relu,
     sigmoid,
     top_k,
-    attend,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

@@ -26,7 +26,6 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -231,7 +230,7 @@ const KernelSet kAvx512 = {
     relu,
     sigmoid,
     top_k,
-    attend,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

@@ -58,24 +58,6 @@ using Multiply = void (*)(const Panels&, const Tokens&, float* out, size_t out_s
 using Prepare = void (*)(const float* x, int columns, int group, unsigned char* values, float* scales, float* sums,
                          int32_t* offsets);
 
-// One head of attention over a ring of tokens, of which slots 0 ... slots - 1 were written:
-//   scores = query * keys + bias, and `nothing` with a value of zeros; out = softmax(scores) * values
-// Keys lie as [key_size][key_stride], values as [slots][value_stride]; 32-bit floats or bfloat16.
-struct Attention {
-  const void* keys;
-  const void* values;
-  Type type;
-  int slots;  // a multiple of kSlotStep
-  int key_size;
-  int key_stride;      // slots of the whole ring
-  int value_stride;    // key_size, padded to a multiple of kSlotStep
-  const float* query;  // [key_size]
-  const float* bias;   // [slots]; a slot with kUnseen gets no weight
-  float nothing;
-};
-constexpr int kSlotStep = 16;
-constexpr float kUnseen = -1e9f;
-
 struct KernelSet {
   const char* name;
   Multiply multiply[kNumFormats];
@@ -95,8 +77,9 @@ struct KernelSet {
   // Ids of the k largest of scores[n], best first, of equals the lower id first. NaN counts as the
   // lowest. 1 <= k <= 32, k <= n. `candidates` is scratch for n ids.
   void (*top_k)(const float* scores, int n, int k, int32_t* candidates, int32_t* ids);
-  // out [value_stride]; `weights` is scratch for as many floats as there are slots.
-  void (*attend)(const Attention& attention, float* weights, float* out);
+  // Softmax of x[n] and of one more score, `nothing`, whose share goes to none; in place. Scores of -1e9 and
+  // less get a share below 1e-37 of the largest.
+  void (*softmax)(float* x, int n, float nothing);
 };
 
 extern const KernelSet kScalar;

@@ -29,7 +29,6 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -145,7 +144,7 @@ const KernelSet kNeon = {
     relu,
     sigmoid,
     top_k,
-    attend,
+    softmax,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

@@ -146,6 +146,28 @@ void sigmoid(float* x, int n) {
   for (int i = 0; i < n; ++i) x[i] = 1.0f / (1.0f + exponential(-x[i]));
 }
 
+void softmax(float* x, int n, float nothing) {
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = nothing;
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  }
+  float largest = nothing;
+  for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  for (int i = whole; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+
+  for (int i = 0; i < n; ++i) x[i] = exponential(x[i] - largest);
+  for (int j = 0; j < kLanes; ++j) lanes[j] = 0;
+  for (int i = 0; i < whole; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
+  }
+  float sum = lane_sum(lanes) + exponential(nothing - largest);
+  for (int i = whole; i < n; ++i) sum += x[i];
+  const float factor = 1.0f / sum;
+  for (int i = 0; i < n; ++i) x[i] *= factor;
+}
+
 void prepare_float(const float* x, int columns, int, unsigned char* values, float*, float*, int32_t*) {
   memcpy(values, x, static_cast<size_t>(columns) * sizeof(float));
 }

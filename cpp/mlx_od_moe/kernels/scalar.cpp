@@ -7,7 +7,6 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/softmax_attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -123,7 +122,7 @@ const KernelSet kScalar = {
     relu,
     sigmoid,
     top_k,
-    attend,
+    softmax,
 };
 
 }  // namespace mlx_od_moe::kernels

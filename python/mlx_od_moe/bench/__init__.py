@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import predictor, queue
+from . import context, predictor, queue
 from .timing import machine
 
 AddFlags = Callable[[Callable[..., Any]], None]
@@ -23,6 +23,11 @@ BENCHES: dict[str, tuple[AddFlags, RunBench, str]] = {
         predictor.add_flags,
         predictor.run,
         "the native predictor beside other runtimes and the time to read its weights",
+    ),
+    "context": (
+        context.add_flags,
+        context.run,
+        "what a context costs a native prediction, and what it costs beside the critical path",
     ),
     "queue": (queue.add_flags, queue.run, "the prediction queue beside Python's own queues"),
 }
