@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -172,6 +173,23 @@ def test_passes_that_nobody_evaluates_wait_for_nothing(nano, stock):
             assert mx.array_equal(stock(ids), logits)
         del lazy, logits
         assert_no_lease(runtime)
+
+
+def test_a_prompt_of_a_thread_that_is_gone_holds_no_slots(nano):
+    """As mlx-lm reads prompts: only the cache is evaluated, the last layer's output never."""
+    model, _, runtime = mlx_od_moe.load(nano, capacity="25%")
+
+    def read_prompt() -> None:
+        cache = make_prompt_cache(model)
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        mx.eval([c.state for c in cache])
+
+    with runtime:
+        thread = Thread(target=read_prompt)
+        thread.start()
+        thread.join()
+        assert_no_lease(runtime)
+        mx.eval(model(mx.array([[50, 60, 70, 80, 90, 100]])))
 
 
 def test_two_models_run_beside_each_other(nano, stock):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def test_wheel_passes_the_tests_elsewhere(tmp_path):
     subprocess.run([*build, "-w", tmp_path, source], check=True)
     shutil.rmtree(source)
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "mlx_od_moe/server/dashboard.html" in archive.namelist()
 
     # Dependencies come from this environment, whose own installation of the package is hidden: a
     # folder on PYTHONPATH has its .pth files ignored.

@@ -141,7 +141,12 @@ class Runtime:
             before.settle()
             ids = np.ascontiguousarray(indices, np.int32)
             self._routed(i, hidden, ids)
-            return experts(call, x, ids)
+            output = experts(call, x, ids)
+            if i == len(self.layers) - 1:
+                # Of a prompt nobody may ask for it: uncomputed, it would keep its experts leased,
+                # and another thread could wait for their slots for ever.
+                mx.async_eval(output)  # type: ignore[no-untyped-call]
+            return output
 
         self._hooks.enter_context(hooked(layer.block, block))
         self._hooks.enter_context(hooked(layer.experts, switch))
