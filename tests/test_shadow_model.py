@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_od_moe import ExpertPredictor, PredictorConfig
-from mlx_od_moe.predictor_file import write_tensors
 from mlx_od_moe.predictor_config import ACTIVATIONS, TERMS
+from mlx_od_moe.predictor_file import write_tensors
 from mlx_od_moe.router import Router, RouterConfig
 from mlx_od_moe.shadow_model import multi_hot
 
