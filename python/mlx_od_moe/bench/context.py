@@ -24,7 +24,8 @@ from .._ext import NativePredictor, SequenceContext, time_observe, time_predict
 from ..context import ContextConfig, TokenMemory
 from ..native_predictor import FORMATS
 from ..predictor_bundle import PredictorBundle
-from ..shadow_model import ExpertPredictor, PredictorConfig
+from ..predictor_config import PredictorConfig
+from ..shadow_model import ExpertPredictor
 from .predictor import make_matrices
 from .timing import Run, in_turns, machine, summary
 
