@@ -47,9 +47,7 @@ TRAINED = {
     "own rank 48": (512, 48, False),
     "shared rank 96": (512, 96, True),
     "width 256": (256, 0, False),
-    "width 128": (128, 0, False),
     "shared rank 96, width 256": (256, 96, True),
-    "shared rank 48": (512, 48, True),
 }
 
 

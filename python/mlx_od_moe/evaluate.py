@@ -215,7 +215,8 @@ def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) 
     """The predictor's recall, with its context where it has one."""
     predictor, targets = bundle[layer], bundle.targets(layer)
     # The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU.
-    for module in (predictor, *predictor.routers, *bundle.memories.values()):
+    shared = [bundle.projection] if bundle.projection is not None else []
+    for module in (predictor, *predictor.routers, *bundle.memories.values(), *shared):
         dequantize_model(module)
     confidence = Confidence(len(targets))
     if bundle.context is None:
