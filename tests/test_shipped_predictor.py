@@ -17,6 +17,6 @@ def test_it_predicts_the_model_that_it_lies_beside():
         mlx_lm.generate(model, tokenizer, text, max_tokens=40)
         recall = runtime.report()["prediction"]["recall_at_k"]
         mx.synchronize()
-    # Of the model's 8 experts among the 16 named; guessing finds a quarter.
-    assert recall[1] > 0.85
-    assert recall[4] > 0.7
+    # Of the model's 8 experts among the 8 best of 64; guessing finds an eighth.
+    assert recall[1] > 0.7
+    assert recall[4] > 0.55
