@@ -63,6 +63,7 @@ class RequestSchedule {
   std::optional<ExpertRead> next();
   // Whether `next` may have something; it may have nothing all the same.
   bool has_more() const;
+  size_t demands() const { return demands_.size(); }  // that no one has begun to read
   // `failure`: none where it was read.
   void finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure);
 
