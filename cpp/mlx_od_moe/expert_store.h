@@ -83,7 +83,8 @@ class MLX_OD_MOE_API ExpertStore {
   // The same, and waits; slots[i] is where ids[i] lies.
   ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots);
 
-  // Experts that the layer will probably use in that step, with their probabilities, or none: all 1.
+  // Experts that the layer will probably use in that step, with their probabilities, or none: all 1. Step and
+  // layer are the deadline: the layer's turn, counted in layers (PrefetchPolicy), not by a clock.
   // Returns at once: how many are now queued that were not. None of a step before the current.
   int prefetch(int layer, std::span<const int32_t> ids, std::span<const float> scores, uint64_t step);
   // The step has begun: what is queued for earlier ones is dropped. An earlier step changes nothing.
