@@ -245,16 +245,20 @@ void bench_calls(const std::string& parent, int rounds) {
     of.cancel(++step);
     for (int32_t k = 0; k < kTopK; ++k) ids[static_cast<size_t>(k)] = (i * kTopK + k) % kExperts;
   };
+  const auto prefetch_after = [&](const char* name, int calls, std::chrono::milliseconds rest) {
+    ns = timed(
+        calls, [&](int) { store.prefetch(1, ids, scores, step); },
+        [&](int i) {
+          while (store.counters().queued > 0) pause_cpu();
+          store.acquire(1, Ids{i % kExperts}, std::span(slots).first(1)).release();  // a pass: the budget is free
+          pass_by(store, i + 1);
+          std::this_thread::sleep_for(rest);
+        });
+    print_calls(name, ns, 1);
+  };
   const int some = std::min(rounds, 2000);
-  ns = timed(
-      some, [&](int) { store.prefetch(1, ids, scores, step); },
-      [&](int i) {
-        while (store.counters().queued > 0) pause_cpu();
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        store.acquire(1, Ids{i % kExperts}, std::span(slots).first(1)).release();  // a pass: the budget is free
-        pass_by(store, i + 1);
-      });
-  print_calls("prefetch of 8 absent, wakes a reader", ns, 1);
+  prefetch_after("prefetch of 8 absent, readers watch", some, std::chrono::milliseconds(2));
+  prefetch_after("prefetch of 8 absent, wakes a reader", std::max(some / 20, 1), 2 * Parking::kWatch);
   options.reader.disk = DiskModel{4096 * 0.2, {}};  // the first expert is in flight until the end
   ExpertStore busy(model.open(), options);
   busy.prefetch(0, Ids{0}, {}, step);

@@ -148,6 +148,9 @@ def test_metrics_are_the_counts_of_the_runtime(server):
         assert found[read] == counts["demand_bytes"]
         stall = found["mlx_od_moe_store_stall_seconds_total", at]
         assert stall == pytest.approx(counts["stall_ns"] / 1e9)
+    own = text_string_to_metric_families(server.monitor._runtime.store.prometheus())
+    for sample in (sample for family in own for sample in family.samples):
+        assert found[(sample.name, *sorted(sample.labels.items()))] == sample.value
     assert found[("mlx_od_moe_hit_rate",)] == report["hit_rate"]
     assert found[("mlx_od_moe_tokens_per_second",)] == report["tokens_per_second"] > 0
     for d, expected in enumerate(RECALL, 1):

@@ -1,7 +1,6 @@
 """The expert store: its C++ tests, also under sanitizers, its Python face, and a model of it."""
 
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import packed_experts
 from mlx_od_moe import ExpertStore
@@ -120,13 +120,28 @@ def test_steps(store):
 def test_prometheus_text(store):
     with store.acquire(5, [1, 2]):
         pass
-    text = store.prometheus()
-    line = re.compile(r'mlx_od_moe_store_[a-z_]+\{layer="[25]"\} [0-9.]+')
-    typed = re.compile(r"# TYPE mlx_od_moe_store_[a-z_]+ (counter|gauge)")
-    assert all(line.fullmatch(at) or typed.fullmatch(at) for at in text.splitlines())
-    assert 'mlx_od_moe_store_lookups_total{layer="5"} 2' in text
-    assert 'mlx_od_moe_store_lookups_total{layer="2"} 0' in text
-    assert text.endswith("\n")
+    families = {f.name: f for f in text_string_to_metric_families(store.prometheus())}
+    assert all(name.startswith("mlx_od_moe_store_") for name in families)
+    found = {
+        (
+            sample.name.removeprefix("mlx_od_moe_store_"),
+            *sorted(sample.labels.values()),
+        ): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    assert found["lookups_total", "5"] == 2
+    assert found["lookups_total", "2"] == 0
+    assert found["read_bytes_total", "5", "demand"] == 2 * packed_experts.EXPERT_BYTES
+    gauges = {"queued", "pending", "non_resident_recall"}
+    apart = {"demand_bytes", "prefetch_bytes", "stall_ns"}  # by cause, and in seconds
+    for layer, counts in store.counters()["layers"].items():
+        plain = counts.keys() - gauges - apart
+        assert all(found[f"{name}_total", str(layer)] == counts[name] for name in plain)
+        assert all(found[name, str(layer)] == counts[name] for name in gauges)
+        assert found["stall_seconds_total", str(layer)] == counts["stall_ns"] / 1e9
+    assert all(families[f"mlx_od_moe_store_{name}"].type == "gauge" for name in gauges)
+    assert sum(f.type == "counter" for f in families.values()) == len(plain) + 2
 
 
 def test_wrong_use(store, folder):

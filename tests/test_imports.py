@@ -25,7 +25,8 @@ FOUNDATION = {
     "progress": set(),
     "durable_file": {"_ext"},
     "expert_file": {"_ext"},
-    "expert_store": {"_ext", "expert_file"},
+    "store_metrics": set(),
+    "expert_store": {"_ext", "expert_file", "store_metrics"},
     "model_shell": {"expert_file", "expert_store", "moe"},
     "switch": {"_ext", "expert_store", "moe"},
     "guard": set(),
@@ -86,7 +87,7 @@ FOUNDATION = {
     "server.request_checks": set(),
     "server.runs": {"server.request_checks"},
     "server.generator": {"_ext", "server.request_checks", "server.runs", "server.settings"},
-    "server.metrics_page": {"offload", "server.runs"},
+    "server.metrics_page": {"offload", "server.runs", "store_metrics"},
     "server.monitor": {"offload", "server.metrics_page", "server.runs"},
     "server.handler": {"server.request_checks", "server.runs"},
     "server.http_server": {

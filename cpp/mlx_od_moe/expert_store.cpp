@@ -80,13 +80,13 @@ class ExpertStore::Core {
   void request(ExpertRequest& request, std::span<const int32_t> ids) {
     check_usable();
     check_ids(request.layer, ids);
-    bool more = false;
+    size_t wanted = 0;
     {
       const std::lock_guard lock(mutex_);
       schedule_.add(request, ids);
-      more = schedule_.has_more();
+      wanted = announce();
     }
-    if (more) wake_readers(static_cast<size_t>(request.pending.load(std::memory_order_relaxed)));
+    wake(wanted);
   }
 
   bool wait(ExpertRequest& request, Clock::time_point deadline) {
@@ -111,13 +111,13 @@ class ExpertStore::Core {
 
   void release(ExpertRequest& request) {
     if (forks_ != fork_count()) return;
-    bool more = false;
+    size_t wanted = 0;
     {
       const std::lock_guard lock(mutex_);
       schedule_.release(request);
-      more = schedule_.has_more();
+      wanted = announce();
     }
-    if (more) wake_readers(1);
+    wake(wanted);
     arrivals_.notify_all();  // who waited for slots may have found all else resident
   }
 
@@ -129,13 +129,13 @@ class ExpertStore::Core {
              std::to_string(scores.size()));
     }
     int accepted = 0;
-    bool more = false;
+    size_t wanted = 0;
     {
       const std::lock_guard lock(mutex_);
       accepted = schedule_.predict(layer, ids, scores, step);
-      more = accepted > 0 && schedule_.has_more();
+      if (accepted > 0) wanted = announce();
     }
-    if (more) wake_readers(1);
+    wake(wanted);
     return accepted;
   }
 
@@ -148,7 +148,7 @@ class ExpertStore::Core {
   void close() {
     if (forks_ != fork_count()) return;
     stopping_.store(true, std::memory_order_release);
-    wake_readers(2);
+    idle_.notify_all();
     arrivals_.notify_all();
     reader_.stop();
     const std::lock_guard lock(closing_);
@@ -176,9 +176,17 @@ class ExpertStore::Core {
   std::vector<int> layers;
 
  private:
-  void wake_readers(size_t n) {
+  // With the lock held: that there may be something to read, and how many readers to wake for it.
+  size_t announce() {
+    if (!schedule_.has_more()) return 0;
     work_.fetch_add(1, std::memory_order_release);
-    n > 1 ? idle_.notify_all() : idle_.notify_one();
+    const size_t demands = schedule_.demands();
+    return demands > 0 ? demands : watching_ > 0 ? 0 : 1;
+  }
+
+  void wake(size_t readers) {
+    if (readers == 1) idle_.notify_one();
+    if (readers > 1) idle_.notify_all();
   }
 
   void run() {
@@ -188,21 +196,37 @@ class ExpertStore::Core {
       if (const std::optional<ExpertRead> read = next()) {
         finish(*read, attempt(*read, scratch));
       } else {
-        idle_.wait(
-            [&] { return work_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_acquire); });
+        rest(seen);
       }
     }
   }
 
+  // Until there may be something to read. A reader that has just worked looks for it itself for a while, so that
+  // a prefetch need not wake it. Only who knows by the lock that nobody watches any more must.
+  void rest(uint32_t seen) {
+    const auto ready = [&] {
+      return work_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_acquire);
+    };
+    watch(+1);
+    idle_.watch(ready);
+    watch(-1);
+    idle_.wait(ready);
+  }
+
+  void watch(int more) {
+    const std::lock_guard lock(mutex_);
+    watching_ += more;
+  }
+
   std::optional<ExpertRead> next() {
     std::optional<ExpertRead> read;
-    bool more = false;
+    size_t wanted = 0;
     {
       const std::lock_guard lock(mutex_);
       read = schedule_.next();
-      more = read && schedule_.has_more();
+      if (read) wanted = announce();
     }
-    if (more) wake_readers(1);
+    wake(wanted);
     return read;
   }
 
@@ -239,6 +263,7 @@ class ExpertStore::Core {
   ExpertReader reader_;
   mutable std::mutex mutex_;
   RequestSchedule schedule_;       // guarded by it
+  int watching_ = 0;               // guarded by it: readers that look at work_ without being woken
   std::atomic<uint32_t> work_{0};  // changes where a reader may find something to do
   std::atomic<bool> stopping_{false};
   Parking idle_, arrivals_;

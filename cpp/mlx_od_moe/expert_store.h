@@ -16,9 +16,10 @@
 //            for an expert that could not be read, in every thread that waits for it; a later call tries
 //            again. A prefetch that fails is only counted. std::runtime_error once closed.
 // Units      Bytes; layers by the model's index; deadlines by std::chrono::steady_clock.
-// Costs      Acquiring what is resident and prefetching lock the mutex once; prefetching may wake a reader
-//            (a system call). A thread that holds a lease and waits for slots of the same layer may wait
-//            for itself: give a deadline, or release first.
+// Costs      Acquiring what is resident and prefetching lock the mutex once. Prefetching wakes a reader (a
+//            system call) only where no idle one has worked in the last Parking::kWatch. A thread that holds
+//            a lease and waits for slots of the same layer may wait for itself: give a deadline, or release
+//            first.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +84,8 @@ class MLX_OD_MOE_API ExpertStore {
   // The same, and waits; slots[i] is where ids[i] lies.
   ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots);
 
-  // Experts that the layer will probably use in that step, with their probabilities, or none: all 1.
+  // Experts that the layer will probably use in that step, with their probabilities, or none: all 1. Step and
+  // layer are the deadline: the layer's turn, counted in layers (PrefetchPolicy), not by a clock.
   // Returns at once: how many are now queued that were not. None of a step before the current.
   int prefetch(int layer, std::span<const int32_t> ids, std::span<const float> scores, uint64_t step);
   // The step has begun: what is queued for earlier ones is dropped. An earlier step changes nothing.

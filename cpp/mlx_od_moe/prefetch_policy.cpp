@@ -68,10 +68,8 @@ void PrefetchPolicy::reached(int layer) {
 
 std::span<const PrefetchRead> PrefetchPolicy::plan(const std::function<bool(int layer, int expert)>& absent) {
   plan_.clear();
-  float discount = 1;
-  for (int distance = 1; distance <= std::min(lookahead(), num_layers_ - 1);
-       ++distance, discount *= options_.discount) {
-    int layer = (reached_ + distance) % num_layers_;
+  int ahead = std::min(lookahead(), num_layers_ - 1);
+  by_deadline(reached_, num_layers_, ahead, options_, [&](int layer, int distance, float discount) {
     int left = options_.widths[size_t(distance - 1)];
     for (const LikelyExpert& e : predicted_[size_t(layer)]) {
       if (left-- == 0 || e.probability < options_.thresholds[size_t(distance - 1)]) break;
@@ -79,7 +77,7 @@ std::span<const PrefetchRead> PrefetchPolicy::plan(const std::function<bool(int 
         plan_.push_back({layer, e.expert, distance, e.probability, e.probability * discount});
       }
     }
-  }
+  });
   std::sort(plan_.begin(), plan_.end(), [](const PrefetchRead& a, const PrefetchRead& b) {
     return a.priority != b.priority   ? a.priority > b.priority
            : a.distance != b.distance ? a.distance < b.distance

@@ -7,8 +7,10 @@
 // reached or a prediction comes, so what a fresher prediction no longer names is cancelled by not being
 // there. Reads are handed to the disk one at a time, when it is free; what is not begun costs nothing.
 //
-// The order: by probability x discount^(distance - 1). A nearer layer has less time left, and a farther
-// one will be predicted again, better, before it is reached. What may be evicted: only what its own
+// The order: by probability x discount^(distance - 1), where the distance is the read's deadline: its layer's
+// turn, counted in layers from the one reached last. A nearer layer has less time left, and a farther one will
+// be predicted again, better, before it is reached. No clock is asked: a read that comes late still shortens
+// the wait, and leaving it out made layers wait longer. What may be evicted: only what its own
 // prediction thinks far less likely (`margin`), since a read for nothing costs twice, disk and place.
 // The defaults are measured: docs/planning.md.
 //
@@ -50,6 +52,16 @@ struct PrefetchRead {
   float probability;
   float priority;
 };
+
+// Calls f(layer, distance, what that makes of a probability) for the layers by their deadlines, from the one
+// after `reached`, up to so many ahead. The layer reached last is due last, a whole pass ahead.
+template <class F>
+void by_deadline(int reached, int num_layers, int lookahead, const PrefetchOptions& options, F f) {
+  float discount = 1;
+  for (int distance = 1; distance <= lookahead; ++distance, discount *= options.discount) {
+    f((reached + distance) % num_layers, distance, discount);
+  }
+}
 
 class MLX_OD_MOE_API PrefetchPolicy {
  public:

@@ -8,11 +8,12 @@
 
 namespace mlx_od_moe {
 
-static const float kDiscount = PrefetchOptions().discount;
+static const PrefetchOptions kPolicy;
 
 RequestSchedule::RequestSchedule(const ExpertLayout& layout, const ExpertSlots& slots, const std::string& policy,
                                  int prefetchers, uint64_t prefetch_bytes)
     : layout_(layout), prefetchers_(prefetchers), prefetch_bytes_(prefetch_bytes) {
+  reached_ = layout.layers.size() - 1;
   for (size_t i = 0; i < layout.layers.size(); ++i) {
     const ExpertLayer& layer = layout.layers[i];
     std::vector<uint64_t> seen(static_cast<size_t>(layer.num_experts));
@@ -30,7 +31,7 @@ void RequestSchedule::add(ExpertRequest& request, std::span<const int32_t> ids) 
   check_fits(request);
   if (layer.experts.speculative_bytes() > 0 || layer.experts.queued() > 0) stuck_ = false;
   layer.experts.begin_pass(request.experts, step_);
-  current_ = request.layer;
+  reached_ = request.layer;
   // Who waits goes first, but never stands in the way of what needs no slot.
   const bool in_turn = layer.waiting.empty() || layer.experts.holds(request.experts);
   if (!in_turn || !admit(request)) layer.waiting.push_back(&request);
@@ -126,14 +127,15 @@ std::optional<ExpertRead> RequestSchedule::next_prefetch() {
 // The best of each layer, the best of all first.
 void RequestSchedule::find_candidates(bool later) {
   candidates_.clear();
-  float discount = 1;
-  for (size_t ahead = 0; ahead < layers_.size(); ++ahead, discount *= kDiscount) {
-    const size_t i = (current_ + ahead) % layers_.size();
+  const int n = static_cast<int>(layers_.size());
+  const int reached = later ? n - 1 : static_cast<int>(reached_);  // a later step begins with the first layer
+  by_deadline(reached, n, n, kPolicy, [&](int at, int, float discount) {
+    const auto i = static_cast<size_t>(at);
     const Layer& layer = layers_[i];
-    if (layer.experts.queued() == 0 || !layer.waiting.empty()) continue;
+    if (layer.experts.queued() == 0 || !layer.waiting.empty()) return;
     const int expert = layer.experts.best_queued(step_, later);
     if (expert >= 0) candidates_.push_back({i, expert, discount * layer.experts.score(expert)});
-  }
+  });
   std::stable_sort(candidates_.begin(), candidates_.end(),
                    [](const Candidate& a, const Candidate& b) { return a.priority > b.priority; });
 }

@@ -3,8 +3,8 @@
 // A request is admitted once there are slots for all that it misses: it then holds leases, and waits for
 // reads only. Until then it holds nothing, so that no two requests wait for each other. Demands are read
 // before prefetches, first come first served, those of one request in the order of the file. Of prefetches
-// those of the current step come first, and of these the one whose score is best, discounted for each layer
-// between, as in PrefetchPolicy.
+// those of the current step come first, and of these the one whose score is best, discounted by its deadline,
+// the turn of its layer, as in PrefetchPolicy.
 //
 // Threads    None of its own: the caller serialises all calls, but `slot` of a leased or loading expert.
 // Ownership  Requests are the caller's, from `add` until they settle or `release`.
@@ -63,6 +63,7 @@ class RequestSchedule {
   std::optional<ExpertRead> next();
   // Whether `next` may have something; it may have nothing all the same.
   bool has_more() const;
+  size_t demands() const { return demands_.size(); }  // that no one has begun to read
   // `failure`: none where it was read.
   void finish(const ExpertRead& read, const std::shared_ptr<const ReadFailure>& failure);
 
@@ -100,7 +101,7 @@ class RequestSchedule {
   std::vector<Candidate> candidates_;  // next_prefetch's own
   uint64_t requests_ = 0;
   uint64_t step_ = 0;
-  size_t current_ = 0;  // the layer that was asked for last
+  size_t reached_ = 0;  // the layer that was asked for last; before that the last one
   int prefetching_ = 0;
   bool stuck_ = true;  // when last looked no prefetch could begin, and nothing has changed that since
 };

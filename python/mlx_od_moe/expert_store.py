@@ -230,7 +230,8 @@ class ExpertStore:
             layer: the layer.
             ids: its experts.
             scores: their probabilities: likelier ones are read first; default: 1.
-            step: the forward pass they are for; default: the current. Older ones take none.
+            step: the forward pass they are for; default: the current. Older ones take none. Step
+                and layer are the deadline: soon layers first, counted in layers, not by a clock.
 
         Returns how many are now queued that were not. An acquire of the layer drops what is still
         queued for its step.
@@ -259,15 +260,10 @@ class ExpertStore:
         return dict(self.native.counters())
 
     def prometheus(self) -> str:
-        """The counters of each layer in Prometheus' text format."""
-        layers = self.counters()["layers"]
-        lines = []
-        for name in next(iter(layers.values())):
-            gauge = name in ("queued", "pending", "non_resident_recall")
-            metric = f"mlx_od_moe_store_{name}" + ("" if gauge else "_total")
-            lines.append(f"# TYPE {metric} {'gauge' if gauge else 'counter'}")
-            lines += [f'{metric}{{layer="{at}"}} {one[name]}' for at, one in layers.items()]
-        return "\n".join(lines) + "\n"
+        """The counters of each layer in Prometheus' text format: what a server's /metrics has."""
+        from .store_metrics import store_text
+
+        return store_text(self.counters()["layers"])
 
     def close(self) -> None:
         """End the readers. Who waits gets RuntimeError. Twice is once."""

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "mlx_od_moe/prefetch_policy.h"
 #include "store_rig.h"
 
 using namespace mlx_od_moe;
@@ -110,6 +111,57 @@ TEST_CASE("likely experts of soon layers are prefetched first, later steps last"
   rig.settle();
   CHECK(rig.disk->begun() ==
         std::vector<std::pair<int, int>>{{3, 0}, {7, 0}, {5, 6}, {7, 5}, {1, 1}, {1, 2}, {7, 4}, {5, 3}});
+}
+
+TEST_CASE("a layer that has had its turn is due last, and a later step begins with the first layer") {
+  Rig rig(4, 1, {}, 4);  // layers 1, 3, 5, 7
+  rig.use(5, {0});
+  rig.disk->shut();
+  rig.prefetch(7, {0});
+  rig.disk->wait_for_reads(2);
+  rig.prefetch(7, {1}, 1);
+  rig.prefetch(5, {2}, 1);
+  rig.prefetch(1, {3}, 1);
+  rig.prefetch(5, {4});
+  rig.prefetch(3, {5});
+  rig.prefetch(7, {6});
+  rig.prefetch(1, {7});
+  rig.disk->open();
+  rig.settle();
+  CHECK(rig.disk->begun() ==
+        std::vector<std::pair<int, int>>{{5, 0}, {7, 0}, {7, 6}, {1, 7}, {3, 5}, {5, 4}, {1, 3}, {5, 2}, {7, 1}});
+}
+
+TEST_CASE("prefetches are read in the order in which PrefetchPolicy plans them") {
+  // What the store calls 1, 3, 5, 7 is 0 ... 3 to the policy, which the simulator replays.
+  constexpr int kReached = 2, kLayers = 4;
+  PrefetchOptions options;
+  options.thresholds.assign(options.widths.size(), 0);
+  PrefetchPolicy policy(kLayers, 8, options);
+  policy.reached(kReached);
+  Rig rig(4, 1, {}, kLayers);
+  rig.use(2 * kReached + 1, {0});
+  rig.disk->shut();
+  rig.prefetch(3, {0}, 1);  // keeps the reader until all others are queued
+  rig.disk->wait_for_reads(2);
+  const std::vector<std::vector<float>> likely = {{0.9F, 0.5F}, {1.0F, 0.01F}, {}, {0.3F, 0.05F}};
+  for (int layer = 0; layer < kLayers; ++layer) {
+    const std::vector<float>& scores = likely[static_cast<size_t>(layer)];
+    std::vector<LikelyExpert> named;
+    Ids ids;
+    for (size_t i = 0; i < scores.size(); ++i) ids.push_back(static_cast<int32_t>(i) + 2);
+    for (size_t i = 0; i < scores.size(); ++i) named.push_back({ids[i], scores[i]});
+    policy.predicted(layer, named);
+    rig.prefetch(2 * layer + 1, ids, 0, scores);
+  }
+  std::vector<std::pair<int, int>> planned = {{5, 0}, {3, 0}};
+  for (const PrefetchRead& read : policy.plan([](int, int) { return true; })) {
+    planned.emplace_back(2 * read.layer + 1, read.expert);
+  }
+  CHECK(planned.size() == 8);
+  rig.disk->open();
+  rig.settle();
+  CHECK(rig.disk->begun() == planned);
 }
 
 TEST_CASE("a newer step drops what is queued, not what it has queued itself") {

@@ -132,3 +132,28 @@ TEST_CASE("threads that wait when the store is destroyed all return") {
     for (std::thread& thread : threads) thread.join();
   }
 }
+
+TEST_CASE("a prefetch is read whether readers of other threads watch, fall asleep or sleep") {
+  PackedExperts packed(1, 8);
+  StoreOptions options;
+  options.slots = {4};
+  options.readers = 3;
+  ExpertStore store(packed.open(), options);
+  std::mt19937 random(5);
+  Ids slots(1);
+  for (int32_t i = 0; i < 120; ++i) {
+    const Ids next = {i % 8};
+    // The end of a watch is where a reader could miss what it is no longer told.
+    const auto rest = i % 3 == 0 ? std::chrono::microseconds(random() % 2000)
+                                 : std::chrono::microseconds(Parking::kWatch) -
+                                       std::chrono::microseconds(500 - static_cast<int>(random() % 2000));
+    std::this_thread::sleep_for(rest);
+    CHECK(store.prefetch(1, next, {}, 0) == 1);
+    while (store.counters().queued > 0) std::this_thread::yield();  // for ever, where it is missed
+    store.acquire(1, next, slots).release();
+    CHECK(PackedExperts::holds(store, 1, next[0], slots[0]));
+  }
+  const StoreCounters c = store.counters();
+  CHECK(c.useful + c.late == 120);
+  CHECK(c.misses == 0);
+}

@@ -11,15 +11,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from ..offload import Runtime
+from ..store_metrics import store_metrics
 from .runs import Run, Runs
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-# Of the store's counters those that only grow, and are not told by cause or in seconds.
-_STORE = (
-    *("lookups", "hits", "late", "misses"),
-    *("accepted", "overtaken", "cancelled", "prefetched", "useful", "wasted", "evicted"),
-    *("useful_bytes", "wasted_bytes", "failed_demands", "failed_prefetches", "stalls"),
-)
 
 
 class Numbers:
@@ -101,7 +96,8 @@ class _Stored:
         yield _gauge(f"{name}_requests_under_way", "Running and waiting.", len(self._runs))
         yield _gauge(f"{name}_capacity_bytes", "Memory for experts.", report["capacity_bytes"])
         yield _gauge(f"{name}_tokens_per_second", "Of decoding.", report["tokens_per_second"])
-        yield from _of_layers(store["layers"])
+        yield from store_metrics(store["layers"])
+        yield _hit_rates(store["layers"])
         yield _gauge(f"{name}_hit_rate", "Of all layers, since the start.", report["hit_rate"])
         yield from self._predictions(prediction)
 
@@ -139,19 +135,8 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
 
 
-def _of_layers(layers: dict[int, dict[str, Any]]) -> Iterator[Metric]:
-    name = "mlx_od_moe_store"
-    for key in _STORE:
-        family = CounterMetricFamily(f"{name}_{key}", "See store_counters.h.", labels=["layer"])
-        for layer, counts in layers.items():
-            family.add_metric([str(layer)], counts[key])
-        yield family
-    read = CounterMetricFamily(f"{name}_read_bytes", "Read, by cause.", labels=["layer", "cause"])
-    stall = CounterMetricFamily(f"{name}_stall_seconds", "Waited for reads.", labels=["layer"])
+def _hit_rates(layers: dict[int, dict[str, Any]]) -> Metric:
     hits = GaugeMetricFamily("mlx_od_moe_layer_hit_rate", "Since the start.", labels=["layer"])
     for layer, counts in layers.items():
-        for cause in ("demand", "prefetch"):
-            read.add_metric([str(layer), cause], counts[f"{cause}_bytes"])
-        stall.add_metric([str(layer)], counts["stall_ns"] / 1e9)
         hits.add_metric([str(layer)], counts["hits"] / max(counts["lookups"], 1))
-    yield from (read, stall, hits)
+    return hits
