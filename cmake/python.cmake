@@ -14,7 +14,7 @@ if(APPLE)
   set_target_properties(mlx PROPERTIES INTERFACE_LINK_LIBRARIES "")
 endif()
 # Lazy operations on mx::array.
-add_library(mlx_od_moe_mlx SHARED cpp/mlx_od_moe/mlx_ops.cpp)
+add_library(mlx_od_moe_mlx SHARED cpp/mlx_od_moe/mlx_ops.cpp cpp/mlx_od_moe/training_ops.cpp)
 set_target_properties(mlx_od_moe_mlx PROPERTIES EXPORT_NAME mlx INSTALL_RPATH "${ORIGIN};${ORIGIN}/../../mlx/lib")
 target_link_libraries(mlx_od_moe_mlx PUBLIC mlx_od_moe_core mlx PRIVATE $<BUILD_INTERFACE:mlx_od_moe_flags>)
 install(TARGETS mlx_od_moe_mlx EXPORT mlx_od_moe_mlx_targets LIBRARY DESTINATION mlx_od_moe/lib)
@@ -26,7 +26,7 @@ install(EXPORT mlx_od_moe_mlx_targets NAMESPACE mlx_od_moe:: FILE mlx_od_moeMlxT
 nanobind_add_module(_ext BACKEND_MODULE nanobind_backend NOMINSIZE NB_DOMAIN mlx
   cpp/bindings.cpp cpp/bindings_bench.cpp cpp/bindings_context.cpp cpp/bindings_expert_file.cpp
   cpp/bindings_expert_store.cpp cpp/bindings_offload.cpp cpp/bindings_queue.cpp cpp/bindings_runner.cpp
-  cpp/bindings_simulator.cpp)
+  cpp/bindings_simulator.cpp cpp/bindings_training.cpp)
 target_include_directories(_ext PRIVATE cpp)
 # Their headers do not pass our warnings: named as system headers they need not.
 target_include_directories(_ext SYSTEM PRIVATE

@@ -11,6 +11,7 @@ void bind_prediction_queue(nanobind::module_& m);
 void bind_sequence_context(nanobind::module_& m);
 void bind_shadow_runner(nanobind::module_& m);
 void bind_simulator(nanobind::module_& m);
+void bind_training(nanobind::module_& m);
 
 inline void bind_parts(nanobind::module_& m) {
   bind_bench(m);
@@ -21,4 +22,5 @@ inline void bind_parts(nanobind::module_& m) {
   bind_sequence_context(m);
   bind_shadow_runner(m);
   bind_simulator(m);
+  bind_training(m);
 }

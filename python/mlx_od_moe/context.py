@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ._ext import read_memories
 from .predictor_file import quantize
+from .row_ops import on_cpu
 
 _NEVER = -1e9  # an attention score that gets no weight
 
@@ -119,15 +121,26 @@ class ContextReader(nn.Module):
             sequence: which sequence each of these rows belongs to, int [batch, rows + n]. Tokens
                 see only their own; rows that are not there have a number of their own.
         """
+        config = self.config
+        if not config.window:
+            return self.previous_state(self._previous(memories, sequence))
+        query = self.query(h)
+        if on_cpu():
+            states, read = read_memories(query, self.position_bias, sequence, list(memories))
+        else:
+            states, read = (
+                self._previous(memories, sequence),
+                self._attend(query, memories, sequence),
+            )
+        vector = self.attended(read)
+        return vector + self.previous_state(states) if config.state_size else vector
+
+    def _previous(self, memories: Sequence[mx.array], sequence: mx.array) -> mx.array:
+        """The previous token's states, [batch, n, lookahead * state_size]."""
         size, before = self.config.key_size, self.config.rows
-        vector = mx.zeros(())
-        if self.config.state_size:
-            states = mx.concatenate([m[:, before - 1 : -1, 2 * size :] for m in memories], axis=-1)
-            follows = sequence[:, before - 1 : -1] == sequence[:, before:]
-            vector = vector + self.previous_state(states * follows[..., None])
-        if self.config.window:
-            vector = vector + self.attended(self._attend(self.query(h), memories, sequence))
-        return vector
+        states = mx.concatenate([m[:, before - 1 : -1, 2 * size :] for m in memories], axis=-1)
+        follows = sequence[:, before - 1 : -1] == sequence[:, before:]
+        return states * follows[..., None]
 
     def _attend(
         self, query: mx.array, memories: Sequence[mx.array], sequence: mx.array

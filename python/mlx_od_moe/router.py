@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .predictor_file import quantize
+from .row_ops import logsumexp
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Router(nn.Module):
         """Log of the routing distribution over experts, [..., num_experts]: the target of KL."""
         if self.config.scoring == "softmax":
             logits = self.linear(x)
-            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return logits - logsumexp(logits)
         scores = mx.maximum(self.scores(x), 1e-6)
         return mx.log(scores / scores.sum(axis=-1, keepdims=True))
 

@@ -114,9 +114,14 @@ class ExpertPredictor(nn.Module):
                 f"predictor is for hidden_size {config.hidden_size}"
             )
         h = h.astype(mx.float32)
-        if not config.has_gate:
-            return self._mlp(h, previous, context)
         mlp = self._mlp(h, previous, context) if config.has_mlp else None
+        if mlp is not None and not config.has_gate:
+            return mlp
+        if mlp is not None and set(config.terms) == {
+            "mlp+gate"
+        }:  # while it trains: no parts to cut
+            gates = mx.stack([self.gate_scores(h, d) for d in range(config.lookahead)], axis=-2)
+            return mlp + self.gate_scale[:, None] * gates
         return mx.stack([self._logits(h, mlp, d) for d in range(config.lookahead)], axis=-2)
 
     def _logits(self, h: mx.array, mlp: mx.array | None, d: int) -> mx.array:

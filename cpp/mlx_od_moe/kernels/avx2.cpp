@@ -24,6 +24,7 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
+#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -297,6 +298,8 @@ const KernelSet kAvx2 = {
     sigmoid,
     top_k,
     softmax,
+    attend,
+    attend_gradient,
 };
 
 }  // namespace mlx_od_moe::kernels

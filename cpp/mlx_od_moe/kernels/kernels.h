@@ -58,6 +58,37 @@ using Multiply = void (*)(const Panels&, const Tokens&, float* out, size_t out_s
 using Prepare = void (*)(const float* x, int columns, int group, unsigned char* values, float* scales, float* sums,
                          int32_t* offsets);
 
+constexpr int kAttentionTile = 16;  // tokens
+
+// One head of attention of tokens in order, each over the `window` rows before its own; token t's own row
+// is window + t. A row has a key, a value and the number of its sequence, and only that one's tokens see it.
+// Softmax is over the rows' scores q k / sqrt(key_size) + bias[age], age 1 ... window, and over bias[0], the
+// score of attending to nothing.
+struct WindowAttention {
+  int window, key_size, tokens;
+  const float* query;  // [tokens, key_size]
+  size_t query_stride;
+  const float* key;  // [window + tokens, key_size]
+  const float* value;
+  size_t memory_stride;     // of both
+  const int32_t* sequence;  // [window + tokens]
+  const float* bias;        // [window + 1]
+  float* scratch;           // attention_scratch(window, key_size) floats
+};
+
+// In the strides of what they are the gradients of. The query's is set, the others are added to.
+struct WindowGradients {
+  float* query;
+  float* key;
+  float* value;
+  float* bias;
+};
+
+constexpr size_t attention_scratch(int window, int key_size) {
+  return static_cast<size_t>(kAttentionTile) * static_cast<size_t>(2 * window + key_size + 2 * kAttentionTile) +
+         2 * static_cast<size_t>(window + 2 * kAttentionTile);
+}
+
 struct KernelSet {
   const char* name;
   Multiply multiply[kNumFormats];
@@ -80,6 +111,9 @@ struct KernelSet {
   // Softmax of x[n] and of one more score, `nothing`, whose share goes to none; in place. Scores of -1e9 and
   // less get a share below 1e-37 of the largest.
   void (*softmax)(float* x, int n, float nothing);
+  void (*attend)(const WindowAttention&, float* out, size_t out_stride);
+  void (*attend_gradient)(const WindowAttention&, const float* cotangent, size_t cotangent_stride,
+                          const WindowGradients&);
 };
 
 extern const KernelSet kScalar;

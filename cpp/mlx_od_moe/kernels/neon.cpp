@@ -29,6 +29,7 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
+#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -145,6 +146,8 @@ const KernelSet kNeon = {
     sigmoid,
     top_k,
     softmax,
+    attend,
+    attend_gradient,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

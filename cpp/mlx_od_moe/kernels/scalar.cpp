@@ -7,6 +7,7 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #include "mlx_od_moe/kernels/row_ops.inl"
+#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
 
@@ -123,6 +124,8 @@ const KernelSet kScalar = {
     sigmoid,
     top_k,
     softmax,
+    attend,
+    attend_gradient,
 };
 
 }  // namespace mlx_od_moe::kernels

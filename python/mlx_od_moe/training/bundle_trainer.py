@@ -32,6 +32,7 @@ from .workers import Advance
 _BLOCK = 256  # tokens that follow each other in a batch
 # Muon's step is a share of each matrix's own scale, AdamW's of 1: tuned together.
 _MUON_RATE = 20.0
+_MUON_ITERATIONS = 3  # of Newton-Schulz: as good as the usual 5 here, and cheaper
 
 
 class BundleFit:
@@ -92,7 +93,9 @@ class BundleFit:
             return optim.join_schedules([rise, optim.cosine_decay(peak, steps - warmup)], [warmup])
 
         rate = options.learning_rate
-        matrices = optim.Muon(schedule(_MUON_RATE * rate), weight_decay=0.0)
+        matrices = optim.Muon(
+            schedule(_MUON_RATE * rate), weight_decay=0.0, ns_steps=_MUON_ITERATIONS
+        )
         others = optim.AdamW(schedule(rate), weight_decay=options.weight_decay)
         return optim.MultiOptimizer([matrices, others], [_is_matrix])
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..row_ops import logsumexp, sigmoid
+from ..row_ops import softmax as shares_of
+
 Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
@@ -36,18 +39,18 @@ def _softplus_vjp(z: mx.array, cotangent: mx.array, output: mx.array) -> mx.arra
     # The gradient without the value: a training step then never computes the logarithms. Its floor,
     # 1e-7 of the largest, keeps Adam's squares out of the denormal numbers, where a CPU is 4 times
     # slower.
-    return cotangent * mx.sigmoid(mx.maximum(z, -16.0))
+    return cotangent * sigmoid(mx.maximum(z, -16.0))
 
 
 def kl(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
     """KL divergence from the router's distribution over experts to the predictor's."""
-    own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return (mx.exp(log_probs) * (log_probs - own)).sum(axis=-1).mean()
+    own = logits - logsumexp(logits)
+    return (shares_of(log_probs) * (log_probs - own)).sum(axis=-1).mean()
 
 
 def softmax(logits: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
     """Cross-entropy against the uniform distribution over the chosen experts."""
-    own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = logits - logsumexp(logits)
     return -_of_chosen(own, chosen).sum() / mx.maximum(1, (chosen >= 0).sum())
 
 

@@ -38,7 +38,7 @@ class Block:
 
     def own_states(self, layer: int) -> mx.array:
         """The tokens' states without the rows before them, [batch, size, hidden_size]."""
-        return self.states[layer][:, self.before :]
+        return mx.contiguous(self.states[layer][:, self.before :])
 
     def chosen(self, targets: Sequence[int]) -> Array:
         """The experts of the target layers, int [batch * size, targets, top_k]."""
