@@ -26,9 +26,10 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
+
+#include "mlx_od_moe/kernels/attention.inl"
 
 inline float quantize_block(const float* x, int n, int8_t* out, int32_t* sum) {
   __m512 lanes = _mm512_setzero_ps();

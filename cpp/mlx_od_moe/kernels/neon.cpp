@@ -29,9 +29,10 @@ inline int collect(const float* scores, int n, float bound, int32_t* out) {
 }
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
+
+#include "mlx_od_moe/kernels/attention.inl"
 
 #include "mlx_od_moe/kernels/neon_bytes.inl"
 

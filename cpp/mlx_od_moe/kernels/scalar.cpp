@@ -7,9 +7,10 @@ namespace mlx_od_moe::kernels {
 namespace {
 
 #include "mlx_od_moe/kernels/row_ops.inl"
-#include "mlx_od_moe/kernels/attention.inl"
 #include "mlx_od_moe/kernels/tiles.inl"
 #include "mlx_od_moe/kernels/top_k.inl"
+
+#include "mlx_od_moe/kernels/attention.inl"
 
 inline uint16_t load16(const unsigned char* from) {
   uint16_t value;
