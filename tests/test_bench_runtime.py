@@ -42,3 +42,10 @@ def test_a_text_that_is_too_short_is_refused(capsys, tmp_path):
     command = ["bench", "runtime", "--text", str(tmp_path / "text"), "--disk", "none"]
     assert main([*command, "--model", str(model_directory("nano-moe"))]) == 1
     assert "too short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("readers", "status"), [(3, 0), (0, 1)])
+def test_the_stores_readers_can_be_chosen(capsys, readers, status):
+    command = ["bench", "runtime", *SHORT, "--disk", "none", "--rows", "lru"]
+    assert main([*command, "--readers", str(readers)]) == status
+    assert ("readers must be 1 ... 64, got 0" in capsys.readouterr().err) == bool(status)

@@ -47,6 +47,7 @@ def add_flags(flag: Callable[..., Any]) -> None:
         default="auto",
         help="like 500MB/s,100us; auto: one at which the row lru waits for half of its time; none",
     )
+    flag("--readers", type=int, default=2, help="threads that read; all but one of them prefetch")
     flag("--text", default=str(NANO / "text" / "docs_en.val.txt"), help="what is decoded")
     flag("--prompt-tokens", type=int, default=32)
     flag("--tokens", type=int, default=48, help="decoded in each turn")
@@ -166,6 +167,7 @@ def _open(options: argparse.Namespace, disk: str | None, stack: ExitStack) -> di
         settings: dict[str, Any] = {"capacity": options.capacity, "disk": disk}
         if name == "resident":
             settings = {"capacity": "100%"}
+        settings["readers"] = options.readers
         settings["policy"] = "lru" if name == "lru" else options.policy
         if name == "prefetch":
             settings |= {"predictor": options.predictor, "guarded": options.guarded}
