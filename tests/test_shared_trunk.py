@@ -7,13 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tqdm import tqdm
 
+from interruptions import train_interrupted
 from mlx_od_moe import PredictorBundle
 from mlx_od_moe.cli import main
 from mlx_od_moe.context import ContextConfig
 from mlx_od_moe.projection import Projection
-from mlx_od_moe.training import train_shadow
 from mlx_od_moe.training.fit import FitOptions
 from mlx_od_moe.training.layer_trainer import TrainingOptions
 from mlx_od_moe.training.train_shadow import train_shadow_model
@@ -91,20 +90,8 @@ def test_the_same_seed_gives_the_same_file(traces, trained, tmp_path):
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     traces, trained, tmp_path, monkeypatch, calls
 ):
-    count = itertools.count(1)
-
-    class Bar(tqdm):
-        def update(self, n=1):
-            if next(count) == calls:
-                raise KeyboardInterrupt
-            return super().update(n)
-
     out = tmp_path / "p.safetensors"
-    with monkeypatch.context() as patch:
-        patch.setattr(train_shadow, "progress_bar", lambda *_: Bar(disable=True))
-        with pytest.raises(KeyboardInterrupt):
-            train(traces, out)
-    train(traces, out)
+    train_interrupted(monkeypatch, calls, lambda: train(traces, out))
     assert out.read_bytes() == trained.read_bytes()
 
 

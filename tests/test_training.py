@@ -1,17 +1,15 @@
 """Training: what is learned and chosen, repeated, interrupted, spread over processes, refused."""
 
 import dataclasses
-import itertools
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tqdm import tqdm
 
+from interruptions import interrupt_after
 from mlx_od_moe import PredictorBundle
-from mlx_od_moe.training import train_shadow
 from mlx_od_moe.training.dataset import LayerDataset, split_documents
 from mlx_od_moe.training.fit import FitOptions, measure
 from mlx_od_moe.training.layer_trainer import CANDIDATES, TrainingOptions
@@ -43,19 +41,6 @@ def trained(traces, tmp_path_factory) -> Path:
 
 def reports(bundle: PredictorBundle) -> dict[int, dict]:
     return {int(layer): report for layer, report in bundle.training["layers"].items()}
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """Ctrl-C at the n-th batch, counted over all training that follows."""
-    count = itertools.count(1)
-
-    class Bar(tqdm):
-        def update(self, n=1):
-            if next(count) == calls:
-                raise KeyboardInterrupt
-            return super().update(n)
-
-    monkeypatch.setattr(train_shadow, "progress_bar", lambda *_: Bar(disable=True))
 
 
 @pytest.mark.parametrize("loss", ["bce", "kl", "softmax"])

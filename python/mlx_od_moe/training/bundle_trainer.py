@@ -23,10 +23,10 @@ from ..predictor_file import write_safetensors
 from ..projection import Projection
 from ..shadow_model import ExpertPredictor
 from .fit import FitOptions, FitState, read_checkpoint
-from .layer_trainer import LayerTrainer
+from .layer_trainer import LayerTrainer, with_gate_alone
 from .losses import LOSSES
 from .sequence_blocks import Block, SequenceBlocks
-from .shared_predictors import SharedPredictors, measure_blocks, name_of
+from .shared_predictors import SharedPredictors, block_logits, measure_blocks, name_of
 from .workers import Advance
 
 _BLOCK = 256  # tokens that follow each other in a batch
@@ -214,12 +214,17 @@ def train_together(
     fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
     fit.run(advance)
     found = measure_blocks(model, targets, validation)
-    gates = {layer: trainer.gate_recall(layer) for layer in layers}
+    gates = {layer: gate for layer in layers if (gate := trainer.gate(layer)) is not None}
+    free = measure_blocks(
+        lambda block: {n: block_logits(gates[n], n, (), {}, block) for n in gates},
+        {layer: targets[layer] for layer in gates},
+        validation,
+    )
     for layer, gate in gates.items():
-        own = found[layer].at(info.top_k)
-        worse = [d for d, recall in enumerate(gate or []) if own[d] < recall]
+        own, alone = found[layer].at(info.top_k), free[layer].at(info.top_k)
+        worse = [d for d, recall in enumerate(alone) if own[d] < recall]
         if worse:
-            model.predictors[name_of(layer)] = trainer.with_gate(predictors[layer], layer, worse)
+            model.predictors[name_of(layer)] = with_gate_alone(predictors[layer], gate, worse)
     final = measure_blocks(model, targets, validation)
     chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
     reports = {
@@ -228,7 +233,7 @@ def train_together(
             "terms": chosen[layer].config.terms,
             "validation": final[layer].report(),
             "candidates": {candidates[layer] + suffix: found[layer].at(info.top_k)}
-            | ({"gate": gate} if (gate := gates[layer]) else {}),
+            | ({"gate": free[layer].at(info.top_k)} if layer in free else {}),
         }
         for layer in layers
     }

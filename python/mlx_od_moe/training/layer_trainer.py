@@ -148,21 +148,10 @@ class LayerTrainer:
             )
         return "mlp+gate" if "mlp+gate" in possible else "mlp"
 
-    def gate_recall(self, layer: int) -> list[float] | None:
-        """Validation recall@k of gate lookahead alone; None where it is no candidate."""
+    def gate(self, layer: int) -> ExpertPredictor | None:
+        """Gate lookahead alone; None where it is no candidate."""
         targets = self.targets(layer)
-        if "gate" not in self.possible(targets):
-            return None
-        validation = self._dataset(layer, self.split[1])
-        gate = self.build(layer, targets, "gate")
-        return measure(gate, validation, self.info.top_k).at(self.info.top_k)
-
-    def with_gate(
-        self, predictor: ExpertPredictor, layer: int, distances: list[int]
-    ) -> ExpertPredictor:
-        """The same with gate lookahead alone at those distances (0 is the next layer)."""
-        gate = self.build(layer, self.targets(layer), "gate")
-        return _with_gate_alone(predictor, gate, distances)
+        return self.build(layer, targets, "gate") if "gate" in self.possible(targets) else None
 
     def _dataset(self, layer: int, documents: set[int]) -> LayerDataset:
         routers = self.routers if self.options.fit.loss == "kl" else None
@@ -245,7 +234,7 @@ class LayerTrainer:
         if "gate" in found and best != "gate":
             worse = [d for d, own in enumerate(recalls[best]) if own < gate[d]]
             if worse:
-                predictor = _with_gate_alone(predictor, found["gate"][0], worse)
+                predictor = with_gate_alone(predictor, found["gate"][0], worse)
                 recall = measure(predictor, validation, top_k)
         return predictor, {
             "candidate": best,
@@ -283,7 +272,7 @@ def gate_predictor(
     return predictor
 
 
-def _with_gate_alone(
+def with_gate_alone(
     predictor: ExpertPredictor, gate: ExpertPredictor, distances: list[int]
 ) -> ExpertPredictor:
     """The same predictor with gate lookahead alone at those distances (0 is the next layer)."""

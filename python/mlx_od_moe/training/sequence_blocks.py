@@ -6,7 +6,9 @@ rows that precede them, of whatever sequences lie there; `sequence` says which e
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +21,7 @@ from .dataset import read_array, read_states
 from .traces import TraceInfo
 
 Array = npt.NDArray[Any]
+_READERS = 2
 _NOWHERE = -1  # the sequence of rows that are not there
 
 
@@ -130,7 +133,7 @@ class SequenceBlocks:
         row_bytes = 2 * len(self.layers) * (self.traces.hidden_size + self.traces.top_k)
         if len(self) * row_bytes > self._memory_bytes:
             return None
-        return self._joined([self._read(shard) for shard in self._shards])
+        return self._joined(list(self._parts(self._shards)))
 
     def _groups(self, rng: np.random.Generator | None) -> Iterator[_Rows]:
         if self._whole is not None:
@@ -140,13 +143,24 @@ class SequenceBlocks:
         if rng is not None:
             shards = [shards[i] for i in rng.permutation(len(shards))]
         parts: list[_Rows] = []
-        for shard in shards:
-            parts.append(self._read(shard))
+        for part in self._parts(shards):
+            parts.append(part)
             if sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes:
                 yield self._joined(parts)
                 parts = []
         if parts:
             yield self._joined(parts)
+
+    def _parts(self, shards: Sequence[int]) -> Iterator[_Rows]:
+        """Those shards, in that order; some are read ahead, since unpacking them takes a core."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead: deque[Future[_Rows]] = deque()
+            for shard in shards:
+                ahead.append(pool.submit(self._read, shard))
+                if len(ahead) > _READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def _wanted(self, shard: Any) -> Array:
         document = read_array(shard, "document")
