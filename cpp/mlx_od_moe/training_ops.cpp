@@ -119,18 +119,25 @@ void read_gradient(const Memories& m, const float* states, const float* attended
   }
 }
 
+// Gives the outputs their memory, and tells the stream's encoder of both sides.
+mx::cpu::CommandEncoder& prepare(mx::Stream stream, const std::vector<mx::array>& inputs,
+                                 std::vector<mx::array>& outputs) {
+  mx::cpu::CommandEncoder& encoder = mx::cpu::get_command_encoder(stream);
+  for (const mx::array& input : inputs) encoder.set_input_array(input);
+  for (mx::array& output : outputs) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+    encoder.set_output_array(output);
+  }
+  return encoder;
+}
+
 class ReadMemoriesGradient : public mx::Primitive {
  public:
   ReadMemoriesGradient(mx::Stream stream, const Sizes& sizes) : mx::Primitive(stream), sizes_(sizes) {}
 
   // Outputs: the gradients of the query, the bias and the memories.
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    for (const mx::array& input : inputs) encoder.set_input_array(input);
-    for (mx::array& output : outputs) {
-      output.set_data(mx::allocator::malloc(output.nbytes()));
-      encoder.set_output_array(output);
-    }
+    mx::cpu::CommandEncoder& encoder = prepare(stream(), inputs, outputs);
     ReadGradients to{outputs[0].data<float>(), outputs[1].data<float>(), {}};
     for (size_t i = 2; i < outputs.size(); ++i) to.memories.push_back(outputs[i].data<float>());
     const size_t bias = outputs[1].size(), memory = outputs[2].size();
@@ -158,12 +165,7 @@ class ReadMemories : public mx::Primitive {
   ReadMemories(mx::Stream stream, const Sizes& sizes) : mx::Primitive(stream), sizes_(sizes) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    for (const mx::array& input : inputs) encoder.set_input_array(input);
-    for (mx::array& output : outputs) {
-      output.set_data(mx::allocator::malloc(output.nbytes()));
-      encoder.set_output_array(output);
-    }
+    mx::cpu::CommandEncoder& encoder = prepare(stream(), inputs, outputs);
     encoder.dispatch([m = memories_of(sizes_, inputs), states = outputs[0].data<float>(),
                       attended = outputs[1].data<float>()] { read(m, states, attended); });
   }

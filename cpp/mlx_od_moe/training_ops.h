@@ -4,7 +4,7 @@
 // own operations.
 //
 // Threads    As MLX's operations: streams belong to threads, and each operation runs on its stream's.
-// Errors     std::invalid_argument, "[read_memories] rule, value", when the graph is built.
+// Errors     std::invalid_argument, "[read_memories] rule", when the graph is built.
 // Units      float32; other float types are converted.
 #pragma once
 
