@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "bindings_store.h"
+#include "expert_loan.h"
 #include "mlx_od_moe/prefetcher.h"
 
 namespace nb = nanobind;
@@ -28,27 +29,7 @@ using mlx_od_moe::PrefetcherOptions;
 namespace {
 
 using Ids = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-
-// MLX keeps the memory of an operation's inputs until the operation has run, on a CPU thread or a GPU, or
-// until its output goes without having been computed. So the end of that memory is the end of the lease.
-// MLX never writes to memory that it does not own.
-std::vector<mx::array> lend(ExpertLease& lease, const std::vector<mx::array>& pools) {
-  const auto shared = std::make_shared<ExpertLease>(std::move(lease));
-  std::vector<mx::array> lent;
-  lent.reserve(pools.size());
-  for (const mx::array& pool : pools) {
-    // The pool itself is held too: it may be the last that holds its memory.
-    mx::allocator::Data data(pool.buffer(), [shared, pool](mx::allocator::Buffer) {});
-    const auto* begin = static_cast<const std::byte*>(pool.buffer().raw_ptr());
-    const auto offset = pool.data<std::byte>() - begin;
-    const mx::array memory(std::move(data), pool.shape(), pool.dtype());
-    mx::array& array = lent.emplace_back(pool.shape(), pool.dtype(), nullptr, std::vector<mx::array>{});
-    array.copy_shared_buffer(memory, pool.strides(), pool.flags(), pool.data_size(),
-                             offset / static_cast<int64_t>(pool.itemsize()));
-    array.set_status(mx::array::Status::available);
-  }
-  return lent;
-}
+using Slots = Ids;
 
 nb::list recalls(const Prefetcher& prefetcher) {
   nb::list out;
@@ -78,12 +59,29 @@ nb::list take_changes(Prefetcher& prefetcher) {
 }  // namespace
 
 void bind_offload(nb::module_& m) {
-  m.def("lend", &lend, "lease"_a, "pools"_a,
-        nb::sig("def lend(lease: ExpertLease, pools: collections.abc.Sequence[mlx.core.array]) -> "
-                "list[mlx.core.array]"),
-        R"(Arrays over the same memory as the pools, which take the lease over.
+  nb::class_<ExpertLoan>(m, "ExpertLoan", R"(Arrays over a layer's pools, and slot numbers that come later.
 
-It ends when MLX has computed all that these arrays went into, or that will never be computed.)");
+A graph is built with them; `begin` gives it the lease, which ends when MLX has computed all that the arrays
+went into, or that will never be computed. Before, an evaluation raises RuntimeError.)")
+      .def(
+          "__init__",
+          [](ExpertLoan* self, const std::vector<mx::array>& pools, const std::vector<int>& shape) {
+            new (self) ExpertLoan(pools, mx::Shape(shape.begin(), shape.end()));
+          },
+          "pools"_a, "shape"_a,
+          nb::sig("def __init__(self, pools: collections.abc.Sequence[mlx.core.array], shape: "
+                  "collections.abc.Sequence[int]) -> None"))
+      .def_prop_ro("pools", &ExpertLoan::pools, nb::sig("def pools(self) -> list[mlx.core.array]"),
+                   "Over the same memory as the pools; none once it has begun.")
+      .def_prop_ro("slots", &ExpertLoan::slots, nb::sig("def slots(self) -> mlx.core.array"), "uint32, of the shape.")
+      .def(
+          "begin",
+          [](ExpertLoan& loan, ExpertLease& lease, const Slots& slots) {
+            loan.begin(lease, {slots.data(), slots.size()});
+          },
+          "lease"_a, "slots"_a,
+          nb::sig("def begin(self, lease: ExpertLease, slots: numpy.typing.NDArray[numpy.int32]) -> None"),
+          "Takes the lease over.");
   m.def(
       "is_computed", [](const mx::array& array) { return array.is_available(); }, "array"_a,
       nb::sig("def is_computed(array: mlx.core.array) -> bool"), "Whether MLX has computed it; never waits.");

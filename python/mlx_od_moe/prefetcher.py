@@ -75,7 +75,7 @@ class ShadowPrefetcher:
 
         With `predict` the runner is given the state, where it is one of decoding.
         """
-        self._native.reached(layer, ids, step)
+        self.count(layer, ids, step)
         if self._runner is None:
             return
         rows = hidden.shape[:-1]
@@ -89,6 +89,10 @@ class ShadowPrefetcher:
             elif predict and layer in self._sources and _is_decoding(rows):
                 self._predict(self._runner, layer, hidden, step)
             self._last[layer] = ids.reshape(*rows, ids.shape[-1])[..., -1:, :]
+
+    def count(self, layer: int, ids: NDArray[np.int32], step: int) -> None:
+        """The same where nothing is predicted of it."""
+        self._native.reached(layer, ids, step)
 
     def _for_context(self, runner: ShadowRunner, hidden: mx.array, step: int) -> mx.array:
         """What the runner is to see, [tokens, hidden_size], of the sequence that it remembers.

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from ._ext import is_computed, lend
+from ._ext import ExpertLoan, is_computed
 from .expert_store import ExpertLease, ExpertStore
 from .moe import MoELayer
 
@@ -34,6 +34,13 @@ class Uncomputed(NamedTuple):
     experts: frozenset[int]
 
 
+class Later(NamedTuple):
+    """An output whose experts are not known yet."""
+
+    output: mx.array
+    loan: ExpertLoan
+
+
 class StoredExperts:
     """Puts the store's pools into the experts' module of a layer, and computes with them.
 
@@ -49,6 +56,8 @@ class StoredExperts:
         self._places = [_place(layer.experts, name) for name in pools]
         self._lock = Lock()
         self._uncomputed: list[Uncomputed] = []
+        self._all: ExpertLease | None = None  # of a layer that is in memory as a whole
+        self._slot_of: mx.array | None = None
         self._set(self._pools)
 
     def _set(self, arrays: list[mx.array]) -> None:
@@ -61,13 +70,48 @@ class StoredExperts:
         `compute(x, slots)` is the module's own call. What fits the slots is lazy; more experts than
         that are computed in groups, each read once.
         """
+        if len(np.unique(ids)) > self._store.slots(self.layer):
+            return self._in_groups(compute, x, ids)
+        later = self.later(compute, x, ids.shape)
+        self.begin(later, ids)
+        return later.output
+
+    def later(self, compute: Compute, x: mx.array, shape: tuple[int, ...]) -> Later:
+        """The same for ids of this shape that are not known yet: `begin` has to follow."""
+        loan = ExpertLoan(self._pools, shape)
+        return Later(self._built(loan, compute, x), loan)
+
+    def begin(self, later: Later, ids: NDArray[np.int32]) -> None:
+        """Wait for the experts and let the output be computed. Distinct ids must fit the slots."""
         experts = frozenset(ids.ravel().tolist())
         self._make_room(experts)
-        if len(experts) > self._store.slots(self.layer):
-            return self._in_groups(compute, x, ids)
-        output = self._with(self._store.acquire(self.layer, ids), compute, x)
-        self._uncomputed.append(Uncomputed(get_ident(), output, experts))
-        return output
+        lease = self._store.acquire(self.layer, ids)
+        later.loan.begin(lease.native, lease.slots)
+        self._uncomputed.append(Uncomputed(get_ident(), later.output, experts))
+
+    @property
+    def fit(self) -> bool:
+        """Whether the layer has room for all of its experts."""
+        return self._store.slots(self.layer) == self._store.file.num_experts(self.layer)
+
+    def keep(self) -> None:
+        """Read all experts, which must fit, for good."""
+        self._all = self._store.acquire(self.layer, np.arange(self._store.slots(self.layer)))
+        self._slot_of = mx.array(self._all.slots.view(np.uint32))
+
+    @property
+    def kept(self) -> bool:
+        """Whether `at_once` can be called."""
+        return self._slot_of is not None
+
+    def at_once(self, compute: Compute, x: mx.array, indices: mx.array) -> mx.array:
+        """The same without a wait for `indices`; the store does not count it."""
+        assert self._slot_of is not None
+        return compute(x, self._slot_of[indices])
+
+    def certainly_fit(self, pairs: int) -> bool:
+        """Whether so many token-expert pairs do, whatever their experts."""
+        return pairs <= self._store.slots(self.layer)
 
     def settle(self) -> None:
         """Let go of outputs that are computed."""
@@ -84,13 +128,12 @@ class StoredExperts:
             mx.eval([u.output for u in own])
             self.settle()
 
-    def _with(self, lease: ExpertLease, compute: Compute, x: mx.array) -> mx.array:
+    def _built(self, loan: ExpertLoan, compute: Compute, x: mx.array) -> mx.array:
         """The lease ends when MLX has computed this, or nobody can ask for it any more."""
-        slots = mx.array(lease.slots.view(np.uint32))
         with self._lock:
-            self._set(lend(lease.native, self._pools))
+            self._set(loan.pools)
             try:
-                return compute(x, slots)
+                return compute(x, loan.slots)
             finally:
                 self._set(self._pools)
 
@@ -106,7 +149,9 @@ class StoredExperts:
             mx.eval(outputs[-2:-1])  # what still held the slots that this group takes
             chosen = _padded(pairs, min(ids.size, SORTED_FROM))
             lease = self._store.acquire(self.layer, ids.ravel()[chosen, None])
-            output = self._with(lease, compute, rows[mx.array(chosen // ids.shape[-1])])
+            loan = ExpertLoan(self._pools, lease.slots.shape)
+            output = self._built(loan, compute, rows[mx.array(chosen // ids.shape[-1])])
+            loan.begin(lease.native, lease.slots)
             outputs.append(output[: len(pairs), 0])
             mx.async_eval(outputs[-1])  # type: ignore[no-untyped-call]
             order.append(pairs)
