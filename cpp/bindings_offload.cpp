@@ -1,4 +1,4 @@
-// What runs a model's experts from the store: the native part of mlx_od_moe.switch and mlx_od_moe.offload.
+// What runs a model's experts from the store: the native part of mlx_od_moe.switch and mlx_od_moe.runtime.
 #include <mlx/compile_impl.h>
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>

@@ -38,9 +38,10 @@ from ._ext import (  # noqa: E402
 )
 from .expert_file import ExpertFile  # noqa: E402
 from .expert_store import ExpertStore  # noqa: E402
-from .offload import Runtime, load  # noqa: E402
+from .offload import load  # noqa: E402
 from .predictor_bundle import PredictorBundle  # noqa: E402
 from .predictor_config import PredictorConfig  # noqa: E402
+from .runtime import Runtime  # noqa: E402
 from .shadow_model import ExpertPredictor  # noqa: E402
 from .shadow_runner import ShadowRunner  # noqa: E402
 

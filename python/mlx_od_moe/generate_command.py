@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ._ext import eviction_policies
-from .offload import Runtime, load
+from .offload import load
 from .route_recorder import RouteRecorder
+from .runtime import Runtime
 
 
 def add_model_flags(flag: Any) -> None:

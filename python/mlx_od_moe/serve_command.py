@@ -13,7 +13,7 @@ from typing import Any
 
 from .expert_store import parse_bytes
 from .generate_command import add_model_flags, load_model
-from .offload import Runtime
+from .runtime import Runtime
 
 KEY_VARIABLE = "MLX_OD_MOE_API_KEY"
 

@@ -19,9 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import INSTALL_DIR
-from ..offload import Runtime, load
+from ..offload import load
 from ..progress import progress_bar
 from ..route_recorder import RouteRecorder
+from ..runtime import Runtime
 
 NANO = INSTALL_DIR / "examples" / "nano-moe"
 ROWS = {

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.server import get_system_fingerprint
 
-from ..offload import Runtime
+from ..runtime import Runtime
 from .generator import Collector, Generator, StoredModel
 from .handler import Handler
 from .metrics_page import Numbers

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
-from ..offload import Runtime
+from ..runtime import Runtime
 from ..store_metrics import store_metrics
 from .runs import Run, Runs
 

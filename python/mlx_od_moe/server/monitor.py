@@ -10,7 +10,7 @@ from threading import Event, Thread
 from time import time
 from typing import Any
 
-from ..offload import Runtime
+from ..runtime import Runtime
 from .metrics_page import Numbers
 from .runs import Runs
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..durable_file import locked
 from ..model_routers import read_routers, save_routers
-from ..offload import Runtime
+from ..runtime import Runtime
 from .model_traces import identify
 from .plan import row_bytes
 from .traces import (

@@ -1,0 +1,232 @@
+"""Runs a loaded model's experts: the store, the predictions, and what they have done."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from ._ext import is_computed
+from .expert_store import ExpertStore
+from .guard import Guard
+from .moe import MoELayer, hooked
+from .predictor_bundle import PredictorBundle
+from .prefetcher import ShadowPrefetcher
+from .progress import progress_bar
+from .run_counts import RunCounts
+from .switch import Later, StoredExperts
+from .usage import save_usage
+
+
+class Routed(NamedTuple):
+    """A MoE layer's input and the router's choice, not computed yet; layers[i] is meant."""
+
+    i: int
+    hidden: mx.array
+    indices: mx.array
+
+
+class Thread(threading.local):
+    """Where a thread's forward pass is."""
+
+    in_pass = False
+    hidden: mx.array | None = None
+    waiting: tuple[Routed, Later] | None = None
+
+    def take_hidden(self) -> mx.array:
+        """The input of the block that is computed now."""
+        assert self.hidden is not None
+        hidden, self.hidden = self.hidden, None
+        return hidden
+
+
+class Runtime:
+    """What runs a loaded model's experts. Close it, or use it in a `with`; then the model is over.
+
+    Made by `load`. Threads may generate at once; each forward pass belongs to one of them.
+
+    Attributes:
+        store: the ExpertStore.
+        layers: the model's MoE layers.
+        on_routing: called at each MoE layer with (layer, hidden state [..., hidden_size], expert
+            ids int32 [..., top_k]), once they are computed; None: nobody. It delays the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        store: ExpertStore,
+        bundle: PredictorBundle | None = None,
+        guarded: bool = True,
+    ):
+        self.store = store
+        self.layers = layers
+        self.on_routing: Callable[[int, mx.array, np.ndarray[Any, Any]], object] | None = None
+        self._prefetcher = ShadowPrefetcher(store, bundle)
+        self._guard = Guard() if guarded and self._prefetcher.predicts else None
+        self._counts = RunCounts(store)
+        self._thread = Thread()
+        # Of the last passes only: what nobody evaluates is never computed.
+        self._uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=8 * len(layers))
+        self._step = 0
+        self._reached = -1
+        self._hooks = ExitStack()
+        self._experts = [StoredExperts(layer, store) for layer in layers]
+        for i in range(len(layers)):
+            self._install(i)
+        self._hooks.enter_context(hooked(model, self._forward))
+
+    def _install(self, i: int) -> None:
+        layer, experts = self.layers[i], self._experts[i]
+
+        def block(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._thread.hidden = args[0] if args else next(iter(kwargs.values()))
+            return call(*args, **kwargs)
+
+        def switch(call: Callable[..., Any], x: mx.array, indices: mx.array) -> mx.array:
+            routed = Routed(i, self._thread.take_hidden(), indices)
+            self._finish()
+            self._reach(routed)
+            if experts.kept and self._nobody_listens():
+                self._uncounted.append((layer.index, self._step, indices))
+                output = experts.at_once(call, x, indices)
+                self._complete(i, output)
+                return output
+            if self._thread.in_pass and experts.certainly_fit(indices.size):
+                mx.async_eval(indices, routed.hidden)  # type: ignore[no-untyped-call]
+                later = experts.later(call, x, indices.shape)
+                self._thread.waiting = routed, later
+                return later.output
+            output = experts(call, x, self._ids(routed))
+            self._complete(i, output)
+            return output
+
+        self._hooks.enter_context(hooked(layer.block, block))
+        self._hooks.enter_context(hooked(layer.experts, switch))
+
+    def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward pass of the whole model.
+
+        Each layer's experts are waited for only when the next layer's graph is built: so Python
+        builds while MLX computes, and MLX waits for little more than the router's choice.
+        """
+        outer, self._thread.in_pass = self._thread.in_pass, True
+        try:
+            output = call(*args, **kwargs)
+            self._finish()
+            return output
+        finally:
+            self._thread.in_pass, self._thread.waiting = outer, None
+
+    def _finish(self) -> None:
+        """Get this thread's last layer its experts, if it waits for them."""
+        waiting, self._thread.waiting = self._thread.waiting, None
+        if waiting is not None:
+            routed, later = waiting
+            self._experts[routed.i].begin(later, self._ids(routed))
+            self._complete(routed.i, later.output)
+
+    def _complete(self, i: int, output: mx.array) -> None:
+        if i == len(self.layers) - 1:
+            # Of a prompt nobody may ask for it: uncomputed, it would keep its experts leased,
+            # and another thread could wait for their slots for ever.
+            mx.async_eval(output)  # type: ignore[no-untyped-call]
+
+    def _ids(self, routed: Routed) -> NDArray[np.int32]:
+        """What the router has chosen, for all who want to know, before its experts are there."""
+        i, hidden, indices = routed
+        mx.eval(indices, hidden)
+        self._experts[i - 1].settle()
+        ids = np.ascontiguousarray(indices, np.int32)
+        layer = self.layers[i].index
+        predict = self._guard is None or self._guard.predicts()
+        self._prefetcher.observe(layer, hidden, ids, self._step, predict)
+        if self.on_routing is not None:
+            self.on_routing(layer, hidden, ids)
+        return ids
+
+    def _nobody_listens(self) -> bool:
+        """Whether what a router chooses may become known later."""
+        return self.on_routing is None and not self._prefetcher.predicts
+
+    def _count(self) -> None:
+        """Of layers that did not wait for their router: what is computed by now."""
+        while self._uncounted and is_computed(self._uncounted[0][2]):
+            layer, step, indices = self._uncounted.popleft()
+            ids = np.ascontiguousarray(indices, np.int32)
+            self._prefetcher.count(layer, ids, step)
+            self.store.acquire(layer, ids).release()
+
+    def _reach(self, routed: Routed) -> None:
+        """A layer's graph is built: perhaps the first of a forward pass."""
+        if routed.i <= self._reached:
+            indices = routed.indices
+            self._begin_step(indices.size // indices.shape[-1], routed.hidden.shape)
+        self._reached = routed.i
+
+    def _begin_step(self, tokens: int, shape: tuple[int, ...]) -> None:
+        self._count()
+        self._step += 1
+        self.store.cancel(self._step)
+        seconds = self._counts.step(tokens, prompt=len(shape) > 2 and shape[-2] > 1)
+        if self._guard is not None and seconds is not None:
+            self._guard.took(seconds)
+        self._prefetcher.log_changes()
+
+    def read_whole_layers(self, progress: bool = False) -> None:
+        """Read the layers that there is room for as a whole: they need no wait for their router."""
+        whole = [experts for experts in self._experts if experts.fit]
+        with progress_bar(len(whole), "reading", "layer", progress and bool(whole)) as bar:
+            for experts in whole:
+                experts.keep()
+                bar.update()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts as they are now, for `report` to begin at."""
+        self._count()
+        return self._counts.snapshot()
+
+    def report(self, since: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the run was like, since the beginning or a snapshot.
+
+        Returns a dict with `tokens` (of prompts too), `decoded_tokens`, `tokens_per_second` (of
+        these), `hit_rate`, `bytes_per_token`, `stall_seconds`, `stall_per_token` (seconds),
+        `capacity_bytes`, `store` (its counters; "layers": since the beginning), and `prediction`,
+        also since the beginning: see ShadowPrefetcher.report; `on`: whether the guard lets it.
+        """
+        self._count()
+        guard = self._guard
+        prediction = {**self._prefetcher.report(), "on": guard.predicting if guard else None}
+        return {**self._counts.report(since), "prediction": prediction}
+
+    def save_usage(self, path: str | Path) -> None:
+        """Keep which experts were used, for `load(usage=path)`."""
+        layers = self.store.layers
+        save_usage(path, {layer: self._prefetcher.uses(layer) for layer in layers})
+
+    def close(self) -> None:
+        """End the threads. Twice is once."""
+        self._prefetcher.close()
+        self.store.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
