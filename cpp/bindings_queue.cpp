@@ -21,10 +21,10 @@ using mlx_od_moe::PredictionRecord;
 namespace {
 
 template <class T>
-T checked(int64_t value, int64_t most, const char* name) {
-  if (value >= 0 && value <= most) return static_cast<T>(value);
-  throw std::invalid_argument(std::string("[Prediction] ") + name + " must be 0 ... " + std::to_string(most) +
-                              ", got " + std::to_string(value));
+T checked(int64_t value, int64_t most, const char* name, int64_t least = 0) {
+  if (value >= least && value <= most) return static_cast<T>(value);
+  throw std::invalid_argument(std::string("[Prediction] ") + name + " must be " + std::to_string(least) + " ... " +
+                              std::to_string(most) + ", got " + std::to_string(value));
 }
 
 void make_prediction(PredictionRecord* self, uint64_t step, int64_t source_layer, int64_t target_layer,
@@ -33,7 +33,7 @@ void make_prediction(PredictionRecord* self, uint64_t step, int64_t source_layer
   constexpr int64_t kMaxIds = PredictionRecord::kMaxIds;
   PredictionRecord r;
   r.step = step;
-  r.source_layer = checked<int16_t>(source_layer, INT16_MAX, "source_layer");
+  r.source_layer = checked<int16_t>(source_layer, INT16_MAX, "source_layer", -1);
   r.target_layer = checked<int16_t>(target_layer, INT16_MAX, "target_layer");
   r.distance = checked<uint8_t>(distance, UINT8_MAX, "distance");
   r.count = checked<uint8_t>(static_cast<int64_t>(expert_ids.size()), kMaxIds, "the number of expert_ids");
@@ -101,7 +101,7 @@ More are spread over several predictions, told apart by `first_rank`: 0, 16, 32 
            "scores"_a = nb::none(), "first_rank"_a = 0, "batch"_a = false)
       .def("__repr__", &represent)
       .def_ro("step", &PredictionRecord::step, "The forward pass it was made in.")
-      .def_ro("source_layer", &PredictionRecord::source_layer, "The MoE layer whose hidden state it was made from.")
+      .def_ro("source_layer", &PredictionRecord::source_layer, "The MoE layer whose hidden state it was made from; -1: it was made from the token.")
       .def_ro("target_layer", &PredictionRecord::target_layer, "The MoE layer that it is about.")
       .def_ro("distance", &PredictionRecord::distance, "MoE layers from source to target.")
       .def_ro("ready_ns", &PredictionRecord::ready_ns, "When the hidden state was there, by time.monotonic_ns().")

@@ -36,7 +36,8 @@ FOUNDATION = {
     "generate_command": {"_ext", "offload", "route_recorder", "runtime"},
     "usage": {"durable_file", "expert_store", "progress"},
     "fingerprint": {"model_routers", "moe", "predictor_bundle"},
-    "prefetcher": {"_ext", "expert_store", "predictor_bundle", "shadow_runner"},
+    "token_experts": {"token_table"},
+    "prefetcher": {"_ext", "expert_store", "predictor_bundle", "shadow_runner", "token_experts"},
     "offload": {
         "expert_file",
         "expert_store",
@@ -83,6 +84,7 @@ FOUNDATION = {
         "projection",
         "router",
         "shadow_model",
+        "token_experts",
     },
     "shadow_runner": {
         "_ext",

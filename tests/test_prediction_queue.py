@@ -89,7 +89,7 @@ def test_predictions_keep_what_they_are_made_with():
     [
         ((0, 1, 2, 1, list(range(17))), "the number of expert_ids must be 0 … 16, got 17"),
         ((0, 1, 2, 1, [40000]), "expert_ids must be 0 … 32767, got 40000"),
-        ((0, -1, 2, 1, [4]), "source_layer must be 0 … 32767, got -1"),
+        ((0, -2, 2, 1, [4]), "source_layer must be -1 … 32767, got -2"),
         ((0, 1, 2, 300, [4]), "distance must be 0 … 255, got 300"),
         ((0, 1, 2, 1, [4], [1.0, 2.0]), r"as many as expert_ids \(1\), got 2"),
         ((0, 1, 2, 1, [4], [1.0], 8), "multiple of 16, got 8"),

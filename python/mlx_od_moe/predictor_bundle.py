@@ -16,6 +16,9 @@ from .predictor_file import Quantization, described_by, named, read_tensors, res
 from .projection import Projection
 from .router import Router, RouterConfig
 from .shadow_model import ExpertPredictor
+from .token_experts import TokenExperts
+
+_TOKEN_EXPERTS = "token_experts."  # before the names of its tensors
 
 
 class PredictorBundle(Mapping[int, ExpertPredictor]):
@@ -31,6 +34,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         predictors: of those layers that have one.
         training: how they were trained, kept in the file; any JSON values.
         memories: {MoE layer: its TokenMemory}, of all targets of predictors with a context.
+        token_experts: what the first MoE layers choose by the token alone; None: not known.
     """
 
     def __init__(
@@ -39,10 +43,12 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         predictors: Mapping[int, ExpertPredictor],
         training: dict[str, Any] | None = None,
         memories: Mapping[int, TokenMemory] | None = None,
+        token_experts: TokenExperts | None = None,
     ):
         self.moe_layers = list(moe_layers)
         self.training = training or {}
         self.memories = dict(sorted((memories or {}).items()))
+        self.token_experts = token_experts
         self._predictors = {layer: predictors[layer] for layer in sorted(predictors)}
         if not self._predictors:
             raise ValueError("[PredictorBundle] needs the predictor of at least one layer")
@@ -56,6 +62,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                 )
         self._check_memories()
         self._check_projection()
+        self._check_token_experts()
 
     def _check_memories(self) -> None:
         configs = {p.config.context for p in self._predictors.values() if p.config.has_context}
@@ -82,6 +89,17 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             raise ValueError(
                 "[PredictorBundle] layers that share a projection have one hidden_size and "
                 f"trunk_rank, got {sorted(sizes)}"
+            )
+
+    def _check_token_experts(self) -> None:
+        found = self.token_experts
+        if found is None:
+            return
+        num_experts = min(p.config.num_experts for p in self._predictors.values())
+        if found.layers > len(self.moe_layers) or found.experts.max() >= num_experts:
+            raise ValueError(
+                f"[PredictorBundle] token experts are of {found.layers} layers, ids up to "
+                f"{found.experts.max()}; the model has {len(self.moe_layers)} with {num_experts}"
             )
 
     @property
@@ -159,12 +177,17 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             for layer, predictor in self.items()
         }
         memories = {layer: m.quantized(bits, group_size) for layer, m in self.memories.items()}
-        return PredictorBundle(self.moe_layers, predictors, self.training, memories)
+        return PredictorBundle(
+            self.moe_layers, predictors, self.training, memories, self.token_experts
+        )
 
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write all predictors to one safetensors file; `bits` 4 or 8 quantises."""
         bundle = self if bits is None else self.quantized(bits)
         tensors, metadata = bundle._contents()
+        if self.token_experts is not None:
+            found = self.token_experts.tensors().items()
+            tensors |= {_TOKEN_EXPERTS + name: tensor for name, tensor in found}
         write_tensors(path, tensors, "bundle", metadata)
 
     def native(self, format: str = "int4", threads: int = 1) -> dict[int, NativePredictor]:
@@ -175,7 +198,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         return make_native_bundle(*self._contents(), format, threads)
 
     def _contents(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """What a file holds: tensors and metadata."""
+        """What a file holds of predictors: tensors and metadata."""
         routers = self.routers()
         tensors: dict[str, mx.array] = {}
         for layer, predictor in self.items():
@@ -227,4 +250,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                 context, hidden_size = next((c, n) for c, n in sizes.items() if c is not None)
                 memories[target] = TokenMemory(context, hidden_size)
                 restore(memories[target], tensors, f"memories.{target}.", quantization, path)
-            return cls(moe_layers, predictors, metadata["training"], memories)
+            own = _TOKEN_EXPERTS
+            found = {n[len(own) :]: t for n, t in tensors.items() if n.startswith(own)}
+            token_experts = TokenExperts.from_tensors(found) if found else None
+            return cls(moe_layers, predictors, metadata["training"], memories, token_experts)

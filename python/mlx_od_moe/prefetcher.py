@@ -10,15 +10,14 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ._ext import PredictionQueue, Prefetcher
+from ._ext import Prediction, PredictionQueue, Prefetcher
 from .expert_store import ExpertStore
 from .predictor_bundle import PredictorBundle
 from .shadow_runner import ShadowRunner
+from .token_experts import WIDTH, TokenExperts
 
 log = logging.getLogger("mlx_od_moe")
 
-# Experts of a layer that a prediction names: the width that was measured in docs/planning.md.
-WIDTH = 16
 # A hidden state has one row per sequence in decoding. More rows than this are a prompt.
 MOST_SEQUENCES = 64
 # Of each layer and distance; named / chosen is recall@k.
@@ -45,7 +44,10 @@ class ShadowPrefetcher:
     ):
         queue = PredictionQueue()
         self._native = Prefetcher(store.native, queue)
+        self._queue = queue
         self._runner: ShadowRunner | None = None
+        self._tokens: TokenExperts | None = None
+        self._layers: list[int] = []
         self._sources: dict[int, list[int]] = {}
         self._last: dict[int, NDArray[np.int32]] = {}
         self._lock = Lock()
@@ -58,6 +60,7 @@ class ShadowPrefetcher:
         self._sources = {n: t for n in bundle if wanted & set(t := bundle.targets(n))}
         self._previous = {n for n in self._sources if bundle[n].config.previous_experts}
         if self._sources:
+            self._tokens, self._layers = bundle.token_experts, bundle.moe_layers
             k = min(WIDTH, min(p.config.num_experts for p in bundle.values()))
             self._runner = ShadowRunner(
                 bundle, format, threads, k=k, queue=queue, on_prediction=self._native
@@ -67,6 +70,26 @@ class ShadowPrefetcher:
     def predicts(self) -> bool:
         """Whether there is anything to predict."""
         return self._runner is not None
+
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether `begin` predicts anything."""
+        return self._tokens is not None
+
+    def begin(self, token_ids: NDArray[np.int64], step: int) -> None:
+        """A pass begins, with one token of each sequence: what will the first layers choose?"""
+        assert self._tokens is not None
+        likely = self._tokens.predict(token_ids)
+        several = len(likely) > 1
+        for i, of_layer in enumerate(likely.sum(axis=0)):
+            best = np.argsort(-of_layer)[:WIDTH]
+            scores = of_layer[best] if several else _logit(of_layer[best])
+            target = self._layers[i]
+            made = Prediction(
+                step, -1, target, i + 1, best.tolist(), scores.tolist(), batch=several
+            )
+            self._queue.try_push(made)
+        self._native.drain()
 
     def observe(
         self, layer: int, hidden: mx.array, ids: NDArray[np.int32], step: int, predict: bool
@@ -144,11 +167,21 @@ class ShadowPrefetcher:
             )
 
     def report(self) -> dict[str, Any]:
-        """Recall per distance and layer, what is switched off, and the runner's counts."""
+        """Recall per distance and layer, what is switched off, and the runner's counts.
+
+        "recall_at_k" is that of the predictors. The first layers are predicted by the token, layer
+        i at distance i + 1: see "by_token", {layer: recall@k}.
+        """
         rows = [r for r in self._native.recalls() if r["predictions"]]
-        distances = sorted({r["distance"] for r in rows})
+        first = {layer: i + 1 for i, layer in enumerate(self._layers)}
+        by_token = [r for r in rows if r["distance"] == first.get(r["layer"])]
+        predicted = [r for r in rows if r not in by_token]
+        distances = sorted({r["distance"] for r in predicted})
         return {
-            "recall_at_k": {d: _recall([r for r in rows if r["distance"] == d]) for d in distances},
+            "recall_at_k": {
+                d: _recall([r for r in predicted if r["distance"] == d]) for d in distances
+            },
+            "by_token": {r["layer"]: _recall([r]) for r in by_token},
             "layers": [
                 {
                     **{name: r[name] for name in _COUNTED},
@@ -165,6 +198,11 @@ class ShadowPrefetcher:
         """End the runner's thread. Twice is once."""
         if self._runner is not None:
             self._runner.close()
+
+
+def _logit(probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    p = np.clip(probability, 1e-3, 1 - 1e-3)
+    return np.log(p / (1 - p))
 
 
 def _is_decoding(rows: tuple[int, ...]) -> bool:

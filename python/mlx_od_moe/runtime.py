@@ -39,6 +39,7 @@ class Thread(threading.local):
     """Where a thread's forward pass is."""
 
     in_pass = False
+    tokens: mx.array | None = None  # that are decoded, one of each sequence
     hidden: mx.array | None = None
     waiting: tuple[Routed, Later] | None = None
 
@@ -97,6 +98,8 @@ class Runtime:
             routed = Routed(i, self._thread.take_hidden(), indices)
             self._finish()
             self._reach(routed)
+            if i == 0:
+                self._predict_by_token()
             if experts.kept and self._nobody_listens():
                 self._uncounted.append((layer.index, self._step, indices))
                 output = experts.at_once(call, x, indices)
@@ -121,12 +124,14 @@ class Runtime:
         builds while MLX computes, and MLX waits for little more than the router's choice.
         """
         outer, self._thread.in_pass = self._thread.in_pass, True
+        self._thread.tokens = _decoded(args)
         try:
             output = call(*args, **kwargs)
             self._finish()
             return output
         finally:
             self._thread.in_pass, self._thread.waiting = outer, None
+            self._thread.tokens = None
 
     def _finish(self) -> None:
         """Get this thread's last layer its experts, if it waits for them."""
@@ -154,6 +159,18 @@ class Runtime:
         if self.on_routing is not None:
             self.on_routing(layer, hidden, ids)
         return ids
+
+    def _predict_by_token(self) -> None:
+        """What the first layers will choose, which no predictor looks at: when decoding begins.
+
+        This waits for the token, which the pass before may still be computing.
+        """
+        tokens = self._thread.tokens
+        if tokens is None or not self._prefetcher.knows_tokens:
+            return
+        if self._guard is None or self._guard.predicts():
+            mx.eval(tokens)
+            self._prefetcher.begin(np.array(tokens, np.int64).ravel(), self._step)
 
     def _nobody_listens(self) -> bool:
         """Whether what a router chooses may become known later."""
@@ -230,3 +247,11 @@ class Runtime:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def _decoded(args: tuple[Any, ...]) -> mx.array | None:
+    """A model's first argument, if that is one token of each sequence."""
+    tokens = args[0] if args else None
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        return None
+    return tokens if tokens.ndim == 2 and tokens.shape[1] == 1 else None

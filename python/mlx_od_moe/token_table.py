@@ -43,6 +43,10 @@ class TokenTable:
         self._all += counts.sum(axis=0)
         self._tokens += len(token_ids)
 
+    def tokens(self) -> list[int]:
+        """All that were observed."""
+        return [*self._counts]
+
     def predict(self, token_id: int) -> NDArray[np.float32]:
         """The probability [layers, num_experts] that the token chooses each expert."""
         prior = self._all / max(self._tokens, 1)

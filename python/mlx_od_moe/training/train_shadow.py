@@ -20,8 +20,10 @@ from ..predictor_bundle import PredictorBundle
 from ..predictor_file import Quantization
 from ..progress import progress_bar
 from ..shadow_model import ExpertPredictor
+from ..token_experts import TokenExperts
+from ..token_table import TokenTable
 from .bundle_trainer import train_together
-from .dataset import split_documents
+from .dataset import read_array, split_documents
 from .layer_trainer import LayerTrainer, TrainingOptions, train_layer
 from .traces import TraceInfo, open_traces
 from .workers import run_layers
@@ -85,9 +87,26 @@ def train_shadow_model(
         "validation": mean_over_layers(metrics),
         "layers": reports,
     }
-    PredictorBundle(list(info.moe_layers), predictors, training, memories).save(out, bits)
+    first = learn_token_experts(info, trainer.split[0])
+    PredictorBundle(list(info.moe_layers), predictors, training, memories, first).save(out, bits)
     shutil.rmtree(checkpoint)
     return PredictorBundle.load(out)
+
+
+def learn_token_experts(info: TraceInfo, documents: set[int]) -> TokenExperts | None:
+    """What the first `lookahead` MoE layers choose by the token alone, in those documents.
+
+    None where their choices are not recorded.
+    """
+    first = info.moe_layers[: info.lookahead]
+    if not set(first) <= set(info.recorded_layers):
+        return None
+    table = TokenTable(len(first), info.num_experts)
+    for shard in info.shards:
+        rows = np.isin(read_array(shard, "document"), list(documents))
+        routed = [read_array(shard, f"routed_experts_{layer}")[rows] for layer in first]
+        table.observe(read_array(shard, "token_ids")[rows], np.stack(routed, axis=1))
+    return TokenExperts.learned(table)
 
 
 def _train(
