@@ -19,7 +19,7 @@ from .model_routers import LayerRouter, load_routers
 from .predictor_bundle import PredictorBundle
 from .progress import progress_bar
 from .shadow_model import ExpertPredictor
-from .training.dataset import LayerDataset
+from .training.dataset import LayerDataset, read_array
 from .training.fit import Scorer, Shares, inputs, measure
 from .training.sequence_blocks import Block, SequenceBlocks
 from .training.shared_predictors import block_logits, measure_blocks
@@ -84,7 +84,8 @@ def evaluate(
 
     Returns {"top_k", "num_experts", "samples", "methods": {name: {"recall_at_k": [d1, d2, …],
     "recall_at_2k": …, …}}, "layers": {layer: {name: …}}, "control": {layer: recall@k of the layer's
-    own router on its own input}, "margin": the smallest lead over gate lookahead in recall@k}.
+    own router on its own input}, "margin": the smallest lead over gate lookahead in recall@k,
+    "by_token": {"recall_at_k": [first layer, second, …], …} by the token alone}.
     Raises ValueError where file and traces do not belong together.
     """
     bundle, info = PredictorBundle.load(predictor), open_traces(traces)
@@ -109,7 +110,24 @@ def evaluate(
         "layers": {layer: report["methods"] for layer, report in reports.items()},
         "control": {layer: r["control"] for layer, r in reports.items() if "control" in r},
         "margin": _margin(reports),
+        "by_token": _by_token(bundle, split),
     }
+
+
+def _by_token(bundle: PredictorBundle, split: Split) -> dict[str, list[float]]:
+    """The recall of what tokens alone say about the first MoE layers, one by one; {}: not known."""
+    found = bundle.token_experts
+    if found is None:
+        return {}
+    recall = Recall(found.layers, split.traces.top_k)
+    for shard in split.traces.shards:
+        document = read_array(shard, "document")
+        rows = slice(None) if split.documents is None else np.isin(document, list(split.documents))
+        layers = bundle.moe_layers[: found.layers]
+        chosen = [read_array(shard, f"routed_experts_{layer}")[rows] for layer in layers]
+        likeliest = found.likeliest(read_array(shard, "token_ids")[rows])[..., : recall.ranks]
+        recall.add(likeliest, np.stack(chosen, axis=1))
+    return {"recall_at_k": recall.at(recall.top_k), "recall_at_2k": recall.at(2 * recall.top_k)}
 
 
 def _check(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:

@@ -27,9 +27,10 @@ def table(result: dict[str, Any]) -> str:
         f"{'layers ahead':26}{heads}  {heads}",
     ]
     for name, metrics in result["methods"].items():
-        cells = ["".join(f"{x:7.3f}" for x in metrics[f"recall_at_{n}"]) for n in ("k", "2k")]
-        rows.append(f"{LABELS[name]:26}{'  '.join(cells)}")
+        rows.append(_row(LABELS[name], metrics["recall_at_k"], metrics["recall_at_2k"]))
     rows += _details(result["methods"]["predictor"], k)
+    if first := result["by_token"]:
+        rows.append(_row("layers 1, 2, … by token", first["recall_at_k"], first["recall_at_2k"]))
     control, margin = result["control"].values(), result["margin"]
     rows.append(f"\n{result['samples']:,} tokens, mean over {len(result['layers'])} layers, ")
     rows[-1] += f"the model's top {k} of {result['num_experts']} experts."
@@ -41,6 +42,10 @@ def table(result: dict[str, Any]) -> str:
         lead = f"{margin['lead']:+.3f}"
         rows.append(f"The shadow model {verb} gate lookahead everywhere: {lead} at least {where}.")
     return "\n".join(rows)
+
+
+def _row(label: str, *columns: list[float]) -> str:
+    return f"{label:26}" + "  ".join("".join(f"{x:7.3f}" for x in column) for column in columns)
 
 
 # The predictor's other metrics: label, name in the report.
@@ -58,8 +63,7 @@ def _details(metrics: dict[str, list[float]], k: int) -> list[str]:
     for label, first, second in _DETAILS:
         columns = [metrics[name] for name in (first, second) if name in metrics]
         if columns:
-            cells = ["".join(f"{x:7.3f}" for x in column) for column in columns]
-            rows.append(f"{label.format(k=k):26}{'  '.join(cells)}")
+            rows.append(_row(label.format(k=k), *columns))
     return ["", "of the shadow model's:", *rows] if rows else []
 
 

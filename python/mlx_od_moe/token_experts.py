@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,16 +57,23 @@ class TokenExperts:
         """How many MoE layers, from the first."""
         return self.experts.shape[1]
 
-    def predict(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def predict(self, token_ids: NDArray[Any]) -> NDArray[np.float32]:
         """The probability [n, layers, num_experts] that each of n tokens chooses each expert."""
-        row = np.searchsorted(self.tokens, token_ids)
-        known = self.tokens[np.minimum(row, len(self.tokens) - 1)] == token_ids
-        row = np.where(known, row, len(self.tokens))
+        row = self._rows(token_ids)
         shape = (*self.experts[row].shape[:2], int(self.experts.max()) + 1)
         out = np.zeros(shape, np.float32)
         likely = self.probabilities[row].astype(np.float32) / _STEPS
         np.put_along_axis(out, self.experts[row].astype(np.int64), likely, axis=-1)
         return out
+
+    def likeliest(self, token_ids: NDArray[Any]) -> NDArray[np.int64]:
+        """The experts [n, layers, width] that n tokens choose most probably, likeliest first."""
+        return self.experts[self._rows(token_ids)].astype(np.int64)
+
+    def _rows(self, token_ids: NDArray[Any]) -> NDArray[np.int64]:
+        row = np.searchsorted(self.tokens, token_ids)
+        known = self.tokens[np.minimum(row, len(self.tokens) - 1)] == token_ids
+        return np.where(known, row, len(self.tokens))
 
     def tensors(self) -> dict[str, mx.array]:
         """As a file holds them; experts in one byte where their ids fit."""
