@@ -99,7 +99,7 @@ def test_table_and_plot_show_every_method(result, tmp_path):
         assert label in text
     assert f"{result['methods']['predictor']['recall_at_k'][1]:.3f}" in text
     first = result["by_token"]["recall_at_k"]
-    assert f"layers 1, 2, … by token  {''.join(f'{x:7.3f}' for x in first)}" in text
+    assert f"{'layers 1, 2, … by token':26}{''.join(f'{x:7.3f}' for x in first)}" in text
     assert len(first) == 2
     assert all(0 <= x <= 1 for x in first)
     plot(result, tmp_path / "recall.png")

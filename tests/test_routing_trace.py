@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from mlx_od_moe.assumed_routing import assume_predictions, assume_routes
-from mlx_od_moe.routing_trace import Predictions, open_routing, predict_layers
+from mlx_od_moe.predictor_bundle import PredictorBundle
+from mlx_od_moe.routing_trace import (
+    Predictions,
+    open_routing,
+    predict_known_tokens,
+    predict_layers,
+)
 from mlx_od_moe.token_table import TokenTable
 from plain_replay import replay
 from planted_traces import EXPERTS, TOP_K, plant_predictor
@@ -72,6 +78,16 @@ def test_a_predictor_speaks_of_the_layers_that_follow(recorded):
     less = Predictions.empty(fewer, 2, EXPERTS)
     predict_layers(less, fewer, recorded[1], "f32", lambda n: None)
     assert (less.ids == into.ids[:200]).all()
+
+
+def test_what_a_file_knows_of_tokens_is_source_0(recorded):
+    trace = open_routing(recorded[0])
+    known = PredictorBundle.load(recorded[1]).token_experts
+    into = Predictions.empty(trace, 2, 4)
+    predict_known_tokens(into, trace, known, lambda n: None)
+    expected = np.sort(known.predict(trace.token_ids, EXPERTS), axis=-1)[..., :-5:-1]
+    assert np.array_equal(into.probabilities[:, 0], expected)
+    assert (into.ids[:, 1:] == -1).all()
 
 
 def test_an_npz_that_is_no_trace_is_refused(tmp_path):

@@ -27,7 +27,7 @@ def learned() -> TokenExperts:
 
 
 def test_what_a_token_chose_is_likeliest(learned):
-    likely = learned.predict(np.array([7, 9, 8]))
+    likely = learned.predict(np.array([7, 9, 8]), 20)
     assert likely.shape == (3, 2, 20)
     assert set(np.argsort(-likely[0, 1])[:2]) == {3, 4}
     assert set(np.argsort(-likely[1, 0])[:2]) == {19, 0}

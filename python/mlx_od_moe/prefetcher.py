@@ -61,6 +61,7 @@ class ShadowPrefetcher:
         self._previous = {n for n in self._sources if bundle[n].config.previous_experts}
         if self._sources:
             self._tokens, self._layers = bundle.token_experts, bundle.moe_layers
+            self._num_experts = max(p.config.num_experts for p in bundle.values())
             k = min(WIDTH, min(p.config.num_experts for p in bundle.values()))
             self._runner = ShadowRunner(
                 bundle, format, threads, k=k, queue=queue, on_prediction=self._native
@@ -79,7 +80,7 @@ class ShadowPrefetcher:
     def begin(self, token_ids: NDArray[np.int64], step: int) -> None:
         """A pass begins, with one token of each sequence: what will the first layers choose?"""
         assert self._tokens is not None
-        likely = self._tokens.predict(token_ids)
+        likely = self._tokens.predict(token_ids, self._num_experts)
         several = len(likely) > 1
         for i, of_layer in enumerate(likely.sum(axis=0)):
             best = np.argsort(-of_layer)[:WIDTH]

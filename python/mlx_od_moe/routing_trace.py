@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .native_predictor import NativePredictor, load_bundle
 from .predictor_bundle import PredictorBundle
+from .token_experts import TokenExperts
 from .token_table import TokenTable
 from .training.dataset import read_array, read_states
 from .training.traces import TraceInfo, open_traces
@@ -173,6 +174,18 @@ def _context(
     sequence = mx.array(np.cumsum(read_array(shard, "position")[:rows] == 0).astype(np.int32))
     vectors = bundle.context_vectors(layer, mx.array(states), ahead, sequence)
     return None if vectors is None else np.array(vectors)
+
+
+def predict_known_tokens(
+    into: Predictions, trace: RoutingTrace, known: TokenExperts, advance: Advance
+) -> None:
+    """Fill source 0 from what a predictor file knows of tokens, as a running model does."""
+    assert trace.token_ids is not None
+    for begin in range(0, len(trace.token_ids), 1024):
+        rows = slice(begin, begin + 1024)
+        token_ids = trace.token_ids[rows]
+        into.put(rows, 0, known.predict(token_ids, trace.num_experts))
+        advance(len(token_ids))
 
 
 def predict_tokens(

@@ -24,7 +24,7 @@ def add_flags(flag: Any) -> None:
     flag("--predictor", help="file that train wrote; the trace must hold hidden states")
     flag("--format", default="int4", help="that the predictor runs in")
     flag("--assume-recall", type=float, nargs="+", metavar="R", help="no predictor: its recall@2k")
-    flag("--fit-traces", help="traces to learn the first layers' experts by token from")
+    flag("--fit-traces", help="learn the first layers' experts by token from these traces")
     flag("--no-token-table", action="store_true", help="predict no layer from the token alone")
     flag("--no-oracles", action="store_true", help="replay no prefetch of the true routes")
     flag("--widths", type=int, nargs="+", default=[16] * 4, help="experts read ahead per distance")
@@ -133,7 +133,14 @@ def _predictions(
     options: argparse.Namespace, trace: RoutingTrace, prefetching: Prefetching
 ) -> Predictions | None:
     from .assumed_routing import assume_predictions
-    from .routing_trace import Predictions, open_routing, predict_layers, predict_tokens
+    from .predictor_bundle import PredictorBundle
+    from .routing_trace import (
+        Predictions,
+        open_routing,
+        predict_known_tokens,
+        predict_layers,
+        predict_tokens,
+    )
 
     recall = options.assume_recall
     if options.predictor and recall:
@@ -142,14 +149,18 @@ def _predictions(
         return None
     tokens, layers, _ = trace.experts.shape
     into = Predictions.empty(trace, prefetching.lookahead, max(prefetching.widths))
-    by_table = trace.token_ids is not None and not options.no_token_table
-    if by_table:
-        fit = open_routing(options.fit_traces) if options.fit_traces else None
-        with _bar(tokens, "token table", "token") as bar:
-            predict_tokens(into, trace, fit, bar.update)
     if options.predictor:
         with _bar(tokens * (layers - 1), "predict", "state") as bar:
             predict_layers(into, trace, options.predictor, options.format, bar.update)
+    if trace.token_ids is not None and not options.no_token_table:
+        known = PredictorBundle.load(options.predictor).token_experts if options.predictor else None
+        with _bar(tokens, "token table", "token") as bar:
+            if known is not None and not options.fit_traces:
+                predict_known_tokens(into, trace, known, bar.update)
+            else:
+                fit = open_routing(options.fit_traces) if options.fit_traces else None
+                predict_tokens(into, trace, fit, bar.update)
+    if options.predictor:
         return into
     # Routing that was assumed has no tokens: its source 0 is assumed too.
     sources = range(0 if trace.token_ids is None and not options.no_token_table else 1, layers)

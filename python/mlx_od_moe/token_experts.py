@@ -57,11 +57,10 @@ class TokenExperts:
         """How many MoE layers, from the first."""
         return self.experts.shape[1]
 
-    def predict(self, token_ids: NDArray[Any]) -> NDArray[np.float32]:
+    def predict(self, token_ids: NDArray[Any], num_experts: int) -> NDArray[np.float32]:
         """The probability [n, layers, num_experts] that each of n tokens chooses each expert."""
         row = self._rows(token_ids)
-        shape = (*self.experts[row].shape[:2], int(self.experts.max()) + 1)
-        out = np.zeros(shape, np.float32)
+        out = np.zeros((*self.experts[row].shape[:2], num_experts), np.float32)
         likely = self.probabilities[row].astype(np.float32) / _STEPS
         np.put_along_axis(out, self.experts[row].astype(np.int64), likely, axis=-1)
         return out
