@@ -6,6 +6,7 @@ import logging
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load as load_stock
 from mlx_od_moe._ext import Prediction, PredictionQueue, Prefetcher
 
@@ -73,6 +74,31 @@ def test_contexts_are_kept_up_and_change_no_bit(sequences):
         assert runner["submitted"] >= 2 * 11 * 7
         assert runtime.report()["prediction"]["recall_at_k"].keys() == {1, 2, 3, 4}
         assert_no_lease(runtime)
+
+
+def test_a_context_follows_its_sequence(monkeypatch):
+    """It begins anew where the prompt cache says so, however short the prompt is."""
+    path = model_directory("nano-moe")
+    model, _, runtime = mlx_od_moe.load(path, add_context(make_bundle()), "25%", guarded=False)
+    with runtime:
+        resets = []
+        runner = runtime._prefetcher._runner
+        monkeypatch.setattr(runner, "reset", lambda: resets.append(1))
+
+        def anew(ids, cache) -> bool:
+            resets.clear()
+            mx.eval(model(mx.array([ids]), cache=cache))
+            return bool(resets)
+
+        one, other = make_prompt_cache(model), make_prompt_cache(model)
+        assert anew([5], one)
+        assert not anew([6], one)
+        assert not anew([7, 8, 9], one)  # the next turn of a chat
+        assert anew([5], other)
+        assert anew([6], one)
+        assert not anew([7], one)
+        trim_prompt_cache(one, 2)
+        assert anew([7], one)
 
 
 def test_nothing_is_predicted_where_all_experts_are_resident():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,17 @@ log = logging.getLogger("mlx_od_moe")
 MOST_SEQUENCES = 64
 # Of each layer and distance; named / chosen is recall@k.
 _COUNTED = ("layer", "distance", "predictions", "chosen", "named", "useful", "wasted")
+
+
+class Place(NamedTuple):
+    """Where in a sequence a pass begins: which prompt cache it has (0: unknown), and its length."""
+
+    cache: int = 0
+    offset: int = 0
+
+    def after(self, tokens: int) -> Place:
+        """Where the next pass of the same sequence begins."""
+        return Place(self.cache, self.offset + tokens)
 
 
 class ShadowPrefetcher:
@@ -52,7 +63,8 @@ class ShadowPrefetcher:
         self._last: dict[int, NDArray[np.int32]] = {}
         self._lock = Lock()
         self._context = None if bundle is None else bundle.context
-        self._gap, self._step = False, -1  # whether the context missed tokens; what it saw last
+        # Whether the context missed tokens; the step that it saw last, and where that one ended.
+        self._gap, self._step, self._end = False, -1, Place()
         if bundle is None:
             return
         # Of layers that are resident as a whole nothing is to be read.
@@ -93,11 +105,18 @@ class ShadowPrefetcher:
         self._native.drain()
 
     def observe(
-        self, layer: int, hidden: mx.array, ids: NDArray[np.int32], step: int, predict: bool
+        self,
+        layer: int,
+        hidden: mx.array,
+        ids: NDArray[np.int32],
+        step: int,
+        predict: bool,
+        place: Place,
     ) -> None:
         """A layer has chosen `ids` [..., top_k] for `hidden` [..., hidden_size] in that step.
 
-        With `predict` the runner is given the state, where it is one of decoding.
+        With `predict` the runner is given the state, where it is one of decoding. `place`: where in
+        its sequence the pass began.
         """
         self.count(layer, ids, step)
         if self._runner is None:
@@ -106,7 +125,7 @@ class ShadowPrefetcher:
         with self._lock:
             if self._context is not None and self._sources:
                 if predict:
-                    hidden = self._for_context(self._runner, hidden, step)
+                    hidden = self._for_context(self._runner, hidden, step, place)
                     self._predict(self._runner, layer, hidden, step)
                 else:
                     self._gap = True  # what comes after it must not be taken for what follows
@@ -118,16 +137,24 @@ class ShadowPrefetcher:
         """The same where nothing is predicted of it."""
         self._native.reached(layer, ids, step)
 
-    def _for_context(self, runner: ShadowRunner, hidden: mx.array, step: int) -> mx.array:
+    def _for_context(
+        self, runner: ShadowRunner, hidden: mx.array, step: int, place: Place
+    ) -> mx.array:
         """What the runner is to see, [tokens, hidden_size], of the sequence that it remembers.
 
-        A prompt starts it anew, with as many of its last tokens as a context reads. Of several
-        sequences none is remembered: their tokens are predicted for as if they were the first.
+        What does not follow the pass before starts it anew, with as many of its last tokens as a
+        context reads. Of several sequences none is remembered: their tokens are predicted for as if
+        they were the first.
         """
         assert self._context is not None
         tokens = hidden.shape[-2] if hidden.ndim > 2 else 1
         several = hidden.size != tokens * hidden.shape[-1]
-        if several or self._gap or (tokens > 1 and step != self._step):
+        if step != self._step:
+            follows = place == self._end if place.cache else tokens == 1
+            if not follows:
+                runner.reset()
+            self._end = place.after(tokens)
+        if several or self._gap:
             runner.reset()
         self._gap, self._step = False, step
         hidden = hidden.reshape(-1, hidden.shape[-1])

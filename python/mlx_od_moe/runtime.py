@@ -20,7 +20,7 @@ from .expert_store import ExpertStore
 from .guard import Guard
 from .moe import MoELayer, hooked
 from .predictor_bundle import PredictorBundle
-from .prefetcher import ShadowPrefetcher
+from .prefetcher import Place, ShadowPrefetcher
 from .progress import progress_bar
 from .run_counts import RunCounts
 from .switch import Later, StoredExperts
@@ -40,6 +40,7 @@ class Thread(threading.local):
 
     in_pass = False
     tokens: mx.array | None = None  # that are decoded, one of each sequence
+    place = Place()
     hidden: mx.array | None = None
     waiting: tuple[Routed, Later] | None = None
 
@@ -124,14 +125,14 @@ class Runtime:
         builds while MLX computes, and MLX waits for little more than the router's choice.
         """
         outer, self._thread.in_pass = self._thread.in_pass, True
-        self._thread.tokens = _decoded(args)
+        self._thread.tokens, self._thread.place = _decoded(args), _place(*args, **kwargs)
         try:
             output = call(*args, **kwargs)
             self._finish()
             return output
         finally:
             self._thread.in_pass, self._thread.waiting = outer, None
-            self._thread.tokens = None
+            self._thread.tokens, self._thread.place = None, Place()
 
     def _finish(self) -> None:
         """Get this thread's last layer its experts, if it waits for them."""
@@ -155,7 +156,7 @@ class Runtime:
         ids = np.ascontiguousarray(indices, np.int32)
         layer = self.layers[i].index
         predict = self._guard is None or self._guard.predicts()
-        self._prefetcher.observe(layer, hidden, ids, self._step, predict)
+        self._prefetcher.observe(layer, hidden, ids, self._step, predict, self._thread.place)
         if self.on_routing is not None:
             self.on_routing(layer, hidden, ids)
         return ids
@@ -255,3 +256,10 @@ def _decoded(args: tuple[Any, ...]) -> mx.array | None:
     if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
         return None
     return tokens if tokens.ndim == 2 and tokens.shape[1] == 1 else None
+
+
+def _place(_: Any = None, cache: Any = None, *args: Any, **kwargs: Any) -> Place:
+    """Where a model called with these arguments begins, by its prompt cache."""
+    first = cache[0] if isinstance(cache, list) and cache else None
+    offset = getattr(first, "offset", None)
+    return Place(id(cache), offset) if isinstance(offset, int) else Place()
