@@ -81,24 +81,27 @@ def test_a_context_follows_its_sequence(monkeypatch):
     path = model_directory("nano-moe")
     model, _, runtime = mlx_od_moe.load(path, add_context(make_bundle()), "25%", guarded=False)
     with runtime:
-        resets = []
+        calls = []
         runner = runtime._prefetcher._runner
-        monkeypatch.setattr(runner, "reset", lambda: resets.append(1))
+        monkeypatch.setattr(runner, "reset", lambda sequence: calls.append(("reset", sequence)))
+        monkeypatch.setattr(runner, "trim", lambda *trimmed: calls.append(("trim", *trimmed)))
 
-        def anew(ids, cache) -> bool:
-            resets.clear()
+        def run(ids, cache) -> list[tuple]:
+            calls.clear()
             mx.eval(model(mx.array([ids]), cache=cache))
-            return bool(resets)
+            return list(calls)
 
         one, other = make_prompt_cache(model), make_prompt_cache(model)
-        assert anew([5], one)
-        assert not anew([6], one)
-        assert not anew([7, 8, 9], one)  # the next turn of a chat
-        assert anew([5], other)
-        assert anew([6], one)
-        assert not anew([7], one)
+        assert run([5], one) == [("reset", 1)]
+        assert run([6], one) == []
+        assert run([7, 8, 9], one) == []  # the next turn of a chat
+        assert run([5], other) == [("reset", 2)]
+        assert run([6], one) == []
         trim_prompt_cache(one, 2)
-        assert anew([7], one)
+        assert run([7], one) == [("trim", 1, 2)]
+        # Without a cache nobody knows what follows what: a prompt begins anew.
+        assert run([1, 2], None) == [("reset", 0)]
+        assert run([3], None) == []
 
 
 def test_nothing_is_predicted_where_all_experts_are_resident():

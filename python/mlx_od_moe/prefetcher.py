@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ._ext import Prediction, PredictionQueue, Prefetcher
 from .expert_store import ExpertStore
 from .predictor_bundle import PredictorBundle
+from .sequences import Place, Sequences
 from .shadow_runner import ShadowRunner
 from .token_experts import WIDTH, TokenExperts
 
@@ -22,17 +23,6 @@ log = logging.getLogger("mlx_od_moe")
 MOST_SEQUENCES = 64
 # Of each layer and distance; named / chosen is recall@k.
 _COUNTED = ("layer", "distance", "predictions", "chosen", "named", "useful", "wasted")
-
-
-class Place(NamedTuple):
-    """Where in a sequence a pass begins: which prompt cache it has (0: unknown), and its length."""
-
-    cache: int = 0
-    offset: int = 0
-
-    def after(self, tokens: int) -> Place:
-        """Where the next pass of the same sequence begins."""
-        return Place(self.cache, self.offset + tokens)
 
 
 class ShadowPrefetcher:
@@ -63,8 +53,8 @@ class ShadowPrefetcher:
         self._last: dict[int, NDArray[np.int32]] = {}
         self._lock = Lock()
         self._context = None if bundle is None else bundle.context
-        # Whether the context missed tokens; the step that it saw last, and where that one ended.
-        self._gap, self._step, self._end = False, -1, Place()
+        # Whether the context missed tokens; the step that it saw last, and whose that was.
+        self._gap, self._step, self._sequence = False, -1, 0
         if bundle is None:
             return
         # Of layers that are resident as a whole nothing is to be read.
@@ -78,6 +68,7 @@ class ShadowPrefetcher:
             self._runner = ShadowRunner(
                 bundle, format, threads, k=k, queue=queue, on_prediction=self._native
             )
+            self._sequences = Sequences(self._runner)
 
     @property
     def predicts(self) -> bool:
@@ -125,7 +116,7 @@ class ShadowPrefetcher:
         with self._lock:
             if self._context is not None and self._sources:
                 if predict:
-                    hidden = self._for_context(self._runner, hidden, step, place)
+                    hidden = self._for_context(hidden, step, place)
                     self._predict(self._runner, layer, hidden, step)
                 else:
                     self._gap = True  # what comes after it must not be taken for what follows
@@ -137,32 +128,30 @@ class ShadowPrefetcher:
         """The same where nothing is predicted of it."""
         self._native.reached(layer, ids, step)
 
-    def _for_context(
-        self, runner: ShadowRunner, hidden: mx.array, step: int, place: Place
-    ) -> mx.array:
-        """What the runner is to see, [tokens, hidden_size], of the sequence that it remembers.
+    def _for_context(self, hidden: mx.array, step: int, place: Place) -> mx.array:
+        """What the runner is to see, [tokens, hidden_size], of the pass's sequence.
 
-        What does not follow the pass before starts it anew, with as many of its last tokens as a
-        context reads. Of several sequences none is remembered: their tokens are predicted for as if
-        they were the first.
+        Of a prompt as many of its last tokens as a context reads. Of a batch none is remembered:
+        its tokens are predicted for as if they were the first.
         """
         assert self._context is not None
         tokens = hidden.shape[-2] if hidden.ndim > 2 else 1
         several = hidden.size != tokens * hidden.shape[-1]
-        if step != self._step:
-            follows = place == self._end if place.cache else tokens == 1
-            if not follows:
-                runner.reset()
-            self._end = place.after(tokens)
-        if several or self._gap:
-            runner.reset()
+        if self._gap:
+            self._sequences.forget()
+        if several:
+            self._sequences.enter(Place(), 2)
+            self._sequence = 0
+        elif step != self._step or self._gap:
+            self._sequence = self._sequences.enter(place, tokens)
         self._gap, self._step = False, step
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return hidden if several else hidden[-self._context.rows :]
 
     def _predict(self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int) -> None:
         try:
-            runner.predict_async(hidden, layer, step, self._previous_experts(layer, hidden))
+            previous = self._previous_experts(layer, hidden)
+            runner.predict_async(hidden, layer, step, previous, sequence=self._sequence)
         except (RuntimeError, ValueError):
             # The model computes on without predictions; its text is the same.
             log.exception("prediction is switched off: layer %d", layer)

@@ -20,9 +20,10 @@ from .expert_store import ExpertStore
 from .guard import Guard
 from .moe import MoELayer, hooked
 from .predictor_bundle import PredictorBundle
-from .prefetcher import Place, ShadowPrefetcher
+from .prefetcher import ShadowPrefetcher
 from .progress import progress_bar
 from .run_counts import RunCounts
+from .sequences import Place
 from .switch import Later, StoredExperts
 from .usage import save_usage
 
