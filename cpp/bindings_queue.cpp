@@ -101,7 +101,8 @@ More are spread over several predictions, told apart by `first_rank`: 0, 16, 32 
            "scores"_a = nb::none(), "first_rank"_a = 0, "batch"_a = false)
       .def("__repr__", &represent)
       .def_ro("step", &PredictionRecord::step, "The forward pass it was made in.")
-      .def_ro("source_layer", &PredictionRecord::source_layer, "The MoE layer whose hidden state it was made from; -1: it was made from the token.")
+      .def_ro("source_layer", &PredictionRecord::source_layer,
+              "The MoE layer whose hidden state it was made from; -1: it was made from the token.")
       .def_ro("target_layer", &PredictionRecord::target_layer, "The MoE layer that it is about.")
       .def_ro("distance", &PredictionRecord::distance, "MoE layers from source to target.")
       .def_ro("ready_ns", &PredictionRecord::ready_ns, "When the hidden state was there, by time.monotonic_ns().")

@@ -33,7 +33,7 @@ struct PredictionRecord {
   static constexpr int kMaxParts = 256;
 
   uint64_t step = 0;
-  int64_t ready_ns = 0;  // when the hidden state was there
+  int64_t ready_ns = 0;      // when the hidden state was there
   int16_t source_layer = 0;  // -1: made from the token
   int16_t target_layer = 0;
   uint8_t distance = 0;  // MoE layers from source to target: 1 ... lookahead
