@@ -132,6 +132,7 @@ class ExpertStore::Core {
     size_t wanted = 0;
     {
       const std::lock_guard lock(mutex_);
+      rests_to_watch_ = kRests;
       accepted = schedule_.predict(layer, ids, scores, step);
       if (accepted > 0) wanted = announce();
     }
@@ -176,6 +177,9 @@ class ExpertStore::Core {
   std::vector<int> layers;
 
  private:
+  // After a prefetch readers watch so often before they sleep: some tokens of a model with tens of layers.
+  static constexpr int kRests = 256;
+
   // With the lock held: that there may be something to read, and how many readers to wake for it.
   size_t announce() {
     if (!schedule_.has_more()) return 0;
@@ -207,15 +211,21 @@ class ExpertStore::Core {
     const auto ready = [&] {
       return work_.load(std::memory_order_acquire) != seen || stopping_.load(std::memory_order_acquire);
     };
-    watch(+1);
-    idle_.watch(ready);
-    watch(-1);
+    if (begin_watch()) {
+      idle_.watch(ready);
+      const std::lock_guard lock(mutex_);
+      --watching_;
+    }
     idle_.wait(ready);
   }
 
-  void watch(int more) {
+  // Not where nobody has prefetched for a while: naps would cost who only demands, and bring nothing.
+  bool begin_watch() {
     const std::lock_guard lock(mutex_);
-    watching_ += more;
+    if (rests_to_watch_ == 0) return false;
+    --rests_to_watch_;
+    ++watching_;
+    return true;
   }
 
   std::optional<ExpertRead> next() {
@@ -264,6 +274,7 @@ class ExpertStore::Core {
   mutable std::mutex mutex_;
   RequestSchedule schedule_;       // guarded by it
   int watching_ = 0;               // guarded by it: readers that look at work_ without being woken
+  int rests_to_watch_ = 0;         // guarded by it: kRests after a prefetch
   std::atomic<uint32_t> work_{0};  // changes where a reader may find something to do
   std::atomic<bool> stopping_{false};
   Parking idle_, arrivals_;

@@ -17,9 +17,9 @@
 //            again. A prefetch that fails is only counted. std::runtime_error once closed.
 // Units      Bytes; layers by the model's index; deadlines by std::chrono::steady_clock.
 // Costs      Acquiring what is resident and prefetching lock the mutex once. Prefetching wakes a reader (a
-//            system call) only where no idle one has worked in the last Parking::kWatch. A thread that holds
-//            a lease and waits for slots of the same layer may wait for itself: give a deadline, or release
-//            first.
+//            system call) where nobody has prefetched for a while, or no idle reader has worked in the last
+//            Parking::kWatch. A thread that holds a lease and waits for slots of the same layer may wait for
+//            itself: give a deadline, or release first.
 #pragma once
 
 #include <cstdint>
