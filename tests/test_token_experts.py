@@ -8,6 +8,7 @@ import mlx_od_moe
 from checkpoints import model_directory
 from mlx_od_moe import PredictorBundle
 from mlx_od_moe.route_recorder import RouteRecorder
+from mlx_od_moe.server.metrics_page import _labels
 from mlx_od_moe.token_experts import TokenExperts
 from mlx_od_moe.token_table import TokenTable
 from mlx_od_moe.training.dataset import read_array
@@ -103,6 +104,9 @@ def test_the_first_layers_are_prefetched_by_the_token():
         by_token = runtime.report()["prediction"]["by_token"]
         assert by_token[0] == 1.0
         assert set(by_token) == {0, 1, 2, 3}
+        labels = {tuple(_labels(row)) for row in runtime.report()["prediction"]["layers"]}
+        assert {("0", "token"), ("3", "token"), ("1", "1"), ("7", "4")} <= labels
+        assert not {("0", "1"), ("3", "4")} & labels
         first = runtime.store.counters()["layers"][0]
         assert first["useful"] + first["late"] > 0
         # Two sequences at once are predicted for together, and prompts not at all.

@@ -203,6 +203,7 @@ class ShadowPrefetcher:
                 {
                     **{name: r[name] for name in _COUNTED},
                     "recall_at_k": _recall([r]),
+                    "by_token": r in by_token,
                     "on": r["on"],
                 }
                 for r in rows

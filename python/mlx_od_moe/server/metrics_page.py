@@ -123,11 +123,11 @@ class _Stored:
         ):
             family = CounterMetricFamily(f"{name}_{key}", text, labels=labels)
             for row in prediction["layers"]:
-                family.add_metric([str(row["layer"]), str(row["distance"])], row[key])
+                family.add_metric(_labels(row), row[key])
             yield family
         on = GaugeMetricFamily(f"{name}_on", "Whether predictions cause reads.", labels=labels)
         for row in prediction["layers"]:
-            on.add_metric([str(row["layer"]), str(row["distance"])], row["on"])
+            on.add_metric(_labels(row), row["on"])
         yield on
 
 
@@ -140,3 +140,8 @@ def _hit_rates(layers: dict[int, dict[str, Any]]) -> Metric:
     for layer, counts in layers.items():
         hits.add_metric([str(layer)], counts["hits"] / max(counts["lookups"], 1))
     return hits
+
+
+def _labels(row: dict[str, Any]) -> list[str]:
+    """Layer and distance of a prediction; "token" for one that the token alone made."""
+    return [str(row["layer"]), "token" if row["by_token"] else str(row["distance"])]

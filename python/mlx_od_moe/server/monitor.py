@@ -116,7 +116,8 @@ class Monitor:
             "distances": distances,
             "recall": {
                 "expected": self._expected,
-                "realised": [_recall(now, then, store.layers, d) for d in distances],
+                # The layers before are predicted by the token, which nothing was promised of.
+                "realised": [_recall(now, then, store.layers[d:], d) for d in distances],
             },
             "layers": [
                 {
