@@ -67,6 +67,8 @@ def test_tables_that_do_not_fit_are_refused(learned):
         TokenExperts(learned.tokens, learned.experts[:2], learned.probabilities)
     with pytest.raises(ValueError, match="tokens must ascend"):
         TokenExperts(learned.tokens[::-1], learned.experts, learned.probabilities)
+    with pytest.raises(ValueError, match="at least one token"):
+        TokenExperts(learned.tokens[:0], learned.experts[-1:], learned.probabilities[-1:])
     bundle = make_bundle(num_experts=16)
     with pytest.raises(ValueError, match="ids up to 19; the model has 8 with 16"):
         PredictorBundle(bundle.moe_layers, bundle, token_experts=learned)

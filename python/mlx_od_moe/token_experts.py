@@ -39,8 +39,8 @@ class TokenExperts:
                 f"[TokenExperts] {len(self.tokens)} tokens need experts and probabilities "
                 f"[{rows}, layers, width], got {shapes[0]} and {shapes[1]}"
             )
-        if (np.diff(self.tokens) <= 0).any():
-            raise ValueError("[TokenExperts] tokens must ascend")
+        if not len(self.tokens) or (np.diff(self.tokens) <= 0).any():
+            raise ValueError("[TokenExperts] tokens must ascend, and be at least one token")
 
     @classmethod
     def learned(cls, table: TokenTable) -> TokenExperts:
