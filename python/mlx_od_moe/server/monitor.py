@@ -25,12 +25,17 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sample:
-    """All counts at one time: (of it, of all) pairs."""
+    """All counts at one time: (of it, of all) pairs.
+
+    `recall` is of all predictions, by layer and distance; `promised` without those that the token
+    alone made: validation measured the others.
+    """
 
     time: float
     tokens: int
     hits: dict[int, Pair]
     recall: dict[Pair, Pair]
+    promised: dict[Pair, Pair]
     stall_ns: int
     bytes_read: int
 
@@ -72,7 +77,7 @@ class Monitor:
                 "time": sample.time,
                 "tokens_per_second": _rate(before, sample),
                 "hit_rate": _share(sample.hits, before.hits),
-                "recall": _share(sample.recall, self._back(_SHORT).recall),
+                "recall": _share(sample.promised, self._back(_SHORT).promised),
             }
         )
 
@@ -81,15 +86,15 @@ class Monitor:
 
     def _sample(self) -> Sample:
         report = self._runtime.report()
-        store = report["store"]
+        store, rows = report["store"], report["prediction"]["layers"]
+        recall = {(row["layer"], row["distance"]): (row["named"], row["chosen"]) for row in rows}
+        by_token = {(row["layer"], row["distance"]) for row in rows if row["by_token"]}
         return Sample(
             time(),
             self._numbers.generated,
             {n: (c["hits"], c["lookups"]) for n, c in store["layers"].items()},
-            {
-                (row["layer"], row["distance"]): (row["named"], row["chosen"])
-                for row in report["prediction"]["layers"]
-            },
+            recall,
+            {at: counts for at, counts in recall.items() if at not in by_token},
             store["stall_ns"],
             store["demand_bytes"] + store["prefetch_bytes"],
         )
@@ -116,8 +121,9 @@ class Monitor:
             "distances": distances,
             "recall": {
                 "expected": self._expected,
-                # The layers before are predicted by the token, which nothing was promised of.
-                "realised": [_recall(now, then, store.layers[d:], d) for d in distances],
+                "realised": [
+                    _recall(now.promised, then.promised, store.layers, d) for d in distances
+                ],
             },
             "layers": [
                 {
@@ -125,7 +131,7 @@ class Monitor:
                     "slots": store.slots(layer),
                     "experts": store.file.num_experts(layer),
                     "hit_rate": _share({layer: now.hits[layer]}, then.hits),
-                    "recall": [_recall(now, then, [layer], d) for d in distances],
+                    "recall": [_recall(now.recall, then.recall, [layer], d) for d in distances],
                     "on": [rows[layer, d]["on"] if (layer, d) in rows else None for d in distances],
                 }
                 for layer in store.layers
@@ -151,6 +157,7 @@ def _share(now: dict[Any, Pair], then: dict[Any, Pair]) -> float | None:
     return part / whole if whole else None
 
 
-def _recall(now: Sample, then: Sample, layers: list[int], distance: int) -> float | None:
-    wanted = {(n, distance) for n in layers} & now.recall.keys()
-    return _share({at: now.recall[at] for at in wanted}, then.recall)
+def _recall(
+    now: dict[Pair, Pair], then: dict[Pair, Pair], layers: list[int], distance: int
+) -> float | None:
+    return _share({at: n for at, n in now.items() if at[0] in layers and at[1] == distance}, then)
