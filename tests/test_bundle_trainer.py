@@ -1,5 +1,6 @@
 """Training all layers together: contexts learn what they should, and runs repeat and resume."""
 
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -126,6 +127,25 @@ def test_random_batches_pass_over_less_than_a_block_per_group(traces):
     rng = np.random.default_rng(0)
     seen = sum(len(block) * 64 for block in blocks.batches(64, 3, rng))
     assert len(blocks) - 2 * 64 < seen <= len(blocks)
+
+
+def test_streamed_blocks_hold_little_more_than_their_memory(tmp_path):
+    """Not the group before, and no group twice while it is joined."""
+    traces = plant(tmp_path / "many", layers=(0, 1, 2, 3), shards=24, sequences=30)
+    layers = list(traces.moe_layers)
+    everything = sum(
+        p.states[n].nbytes
+        for p in SequenceBlocks(traces, layers, 5)._parts(range(24))
+        for n in layers
+    )
+    limit = everything // 3
+    blocks = SequenceBlocks(traces, layers, 5, memory_bytes=limit)
+    tracemalloc.start()
+    groups = sum(1 for _ in blocks.in_order(1 << 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert groups >= 3
+    assert peak < 2 * limit
 
 
 def _weights(traces, layer) -> mx.array:

@@ -105,6 +105,7 @@ class SequenceBlocks:
             starts = np.arange(phase, max(1, tokens - size + 1), size)
             for some in np.array_split(rng.permutation(starts), -(-len(starts) // batch)):
                 yield self._block(rows, some, min(size, tokens))
+            del rows  # before the next are read
 
     def in_order(self, size: int = 4096) -> Iterator[Block]:
         """Every token once, in order, in batches of one block."""
@@ -112,6 +113,7 @@ class SequenceBlocks:
             tokens = len(rows.sequence) - self.before
             for start in range(0, tokens, size):
                 yield self._block(rows, np.array([start]), min(size, tokens - start))
+            del rows
 
     def _block(self, rows: _Rows, starts: Array, size: int) -> Block:
         index = starts[:, None] + np.arange(self.before + size)
@@ -185,13 +187,15 @@ class SequenceBlocks:
             sequences.append(part.sequence + first)
             first += int(part.sequence[-1]) + 1
 
-        def join(arrays: list[Array], before: int) -> Array:
-            empty = np.zeros((before, *arrays[0].shape[1:]), arrays[0].dtype)
-            return np.concatenate([empty, *arrays])
+        def join(of_parts: list[dict[int, Array]], layer: int) -> Array:
+            arrays = [layers.pop(layer) for layers in of_parts]  # never all of it twice
+            # Row i of a group is token i - before, of states and choices alike.
+            return np.concatenate(
+                [np.zeros((self.before, *arrays[0].shape[1:]), arrays[0].dtype), *arrays]
+            )
 
         return _Rows(
-            {n: join([part.states[n] for part in parts], self.before) for n in self.layers},
-            # Row i of a group is token i - before, of states and choices alike.
-            {n: join([part.routed[n] for part in parts], self.before) for n in self.layers},
+            {n: join([part.states for part in parts], n) for n in self.layers},
+            {n: join([part.routed for part in parts], n) for n in self.layers},
             np.concatenate(sequences).astype(np.int32),
         )
