@@ -3,17 +3,20 @@
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
 #include "bindings_store.h"
 #include "expert_loan.h"
+#include "graph_leases.h"
 #include "mlx_od_moe/prefetcher.h"
 
 namespace nb = nanobind;
@@ -82,6 +85,30 @@ went into, or that will never be computed. Before, an evaluation raises RuntimeE
           "lease"_a, "slots"_a,
           nb::sig("def begin(self, lease: ExpertLease, slots: numpy.typing.NDArray[numpy.int32]) -> None"),
           "Takes the lease over.");
+  nb::class_<LeaseChain>(m, "LeaseChain", "The GraphLeases of one thread: see cpp/graph_leases.h.")
+      .def(nb::init<>())
+      .def(
+          "settle",
+          [](LeaseChain& chain) {
+            nb::gil_scoped_release release;
+            chain.settle();
+          },
+          "Waits for the leases that MLX is to begin without being asked again. Raises what they failed of.")
+      .def("renew", &LeaseChain::renew, "After a failure, leases that are built from now on are tried again.");
+  nb::class_<GraphLease>(m, "GraphLease", "A lease that MLX begins and ends itself, on a CPU.")
+      .def_prop_ro("slots", &GraphLease::slots, nb::sig("def slots(self) -> mlx.core.array"),
+                   "Where the experts lie, uint32, of the shape of their ids.")
+      .def("end", &GraphLease::end, "output"_a, "chain"_a,
+           nb::sig("def end(self, output: mlx.core.array, chain: LeaseChain) -> mlx.core.array"),
+           "What was computed with the slots. Its evaluation ends the lease.");
+  nb::class_<GraphLeases>(m, "GraphLeases", "Makes them for one layer.")
+      .def(
+          "__init__",
+          [](GraphLeases* self, const Store& store, int layer) { new (self) GraphLeases{shared(store), layer}; },
+          "store"_a, "layer"_a)
+      .def("begin", &GraphLeases::begin, "ids"_a, "chain"_a,
+           nb::sig("def begin(self, ids: mlx.core.array, chain: LeaseChain) -> GraphLease"),
+           "For ids [...], once the chain's last has ended.");
   m.def(
       "is_computed", [](const mx::array& array) { return array.is_available(); }, "array"_a,
       nb::sig("def is_computed(array: mlx.core.array) -> bool"), "Whether MLX has computed it; never waits.");

@@ -77,7 +77,8 @@ class ExpertStore::Core {
     if (stopping_.load(std::memory_order_acquire)) throw std::runtime_error("[ExpertStore] is closed");
   }
 
-  void request(ExpertRequest& request, std::span<const int32_t> ids) {
+  // `helping`: the caller reads, too, so that one reader less need wake.
+  void request(ExpertRequest& request, std::span<const int32_t> ids, bool helping) {
     check_usable();
     check_ids(request.layer, ids);
     size_t wanted = 0;
@@ -86,13 +87,14 @@ class ExpertStore::Core {
       schedule_.add(request, ids);
       wanted = announce();
     }
-    wake(wanted);
+    wake(helping && wanted > 0 ? wanted - 1 : wanted);
   }
 
-  bool wait(ExpertRequest& request, Clock::time_point deadline) {
+  bool wait(ExpertRequest& request, Clock::time_point deadline, bool helping = false) {
     if (!request.settled()) {
       check_usable();
       const auto start = Clock::now();
+      if (helping) help(request);
       arrivals_.wait([&] { return request.settled() || stopping_.load(std::memory_order_acquire); }, deadline);
       const std::lock_guard lock(mutex_);
       StoreCounters& count = schedule_.experts(request.layer).count();
@@ -105,6 +107,11 @@ class ExpertStore::Core {
     }
     if (request.failure) throw ExpertReadError(*request.failure);
     return true;
+  }
+
+  bool admitted(const ExpertRequest& request) const {
+    const std::lock_guard lock(mutex_);
+    return request.admitted;
   }
 
   int slot(size_t layer, int expert) const { return schedule_.experts(layer).slot(expert); }
@@ -186,6 +193,18 @@ class ExpertStore::Core {
     work_.fetch_add(1, std::memory_order_release);
     const size_t demands = schedule_.demands();
     return demands > 0 ? demands : watching_ > 0 ? 0 : 1;
+  }
+
+  // Reads demands on the caller's thread, until what it waits for is there or others read it.
+  void help(const ExpertRequest& request) {
+    thread_local ExpertReader::Scratch scratch;
+    while (!request.settled() && !stopping_.load(std::memory_order_acquire)) {
+      std::unique_lock lock(mutex_);
+      const std::optional<ExpertRead> read = schedule_.next_demand();
+      lock.unlock();
+      if (!read) return;
+      finish(*read, attempt(*read, scratch));
+    }
   }
 
   void wake(size_t readers) {
@@ -313,20 +332,24 @@ ExpertStore::ExpertStore(std::shared_ptr<const ExpertFile> file, StoreOptions op
 
 ExpertStore::~ExpertStore() { close(); }
 
-ExpertLease ExpertStore::request(int layer, std::span<const int32_t> ids) {
+ExpertLease ExpertStore::begin(int layer, std::span<const int32_t> ids, bool helping) {
   auto state = std::make_unique<ExpertLease::State>();
   state->core = core_;
   state->layer = core_->index(layer);
-  core_->request(*state, ids);
+  core_->request(*state, ids, helping);
   return ExpertLease(std::move(state));
 }
 
-ExpertLease ExpertStore::acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots) {
+ExpertLease ExpertStore::request(int layer, std::span<const int32_t> ids) { return begin(layer, ids, false); }
+
+ExpertLease ExpertStore::acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots,
+                                 const std::function<void()>& crowded) {
   if (slots.size() != ids.size()) {
     refuse("slots must be as many as ids (" + std::to_string(ids.size()) + "), got " + std::to_string(slots.size()));
   }
-  ExpertLease lease = request(layer, ids);
-  lease.wait();
+  ExpertLease lease = begin(layer, ids, true);
+  if (crowded && !core_->admitted(*lease.state_)) crowded();
+  core_->wait(*lease.state_, Parking::kForever, true);
   for (size_t i = 0; i < ids.size(); ++i) slots[i] = lease.slot(ids[i]);
   return lease;
 }

@@ -5,9 +5,9 @@
 // prefetched: read when no demand waits, the likeliest of the soonest layers first, into slots that nothing
 // leased or likelier holds. A newer step, or an acquire of its layer, ends a prediction that waits.
 //
-// Threads    Any thread may call any method. The store owns its readers; what they read into slots is
-//            visible to whom wait() has returned true. A child process after fork() has no readers: there
-//            every call but release() and destruction throws.
+// Threads    Any thread may call any method. The store owns its readers; what they read into slots, or a thread
+//            that acquires, is visible to whom wait() has returned true. A child process after fork() has no readers:
+//            there every call but release() and destruction throws.
 // Ownership  Shares the file. Lent pools must outlive the store and its leases. A lease may outlive the
 //            store, and holds its memory. Destruction waits for system calls under way; what waits then, throws.
 // Ordering   A request's `pending` (release -> acquire): what its readers wrote is there. All else is
@@ -23,6 +23,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -81,8 +82,10 @@ class MLX_OD_MOE_API ExpertStore {
 
   // Begins to read what is missing of these experts, all at once; an id may come several times.
   ExpertLease request(int layer, std::span<const int32_t> ids);
-  // The same, and waits; slots[i] is where ids[i] lies.
-  ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots);
+  // The same, and waits, reading beside the readers; slots[i] is where ids[i] lies. `crowded` is called where other
+  // leases have to end first.
+  ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots,
+                      const std::function<void()>& crowded = {});
 
   // Experts that the layer will probably use in that step, with their probabilities, or none: all 1. Step and
   // layer are the deadline: the layer's turn, counted in layers (PrefetchPolicy), not by a clock.
@@ -109,6 +112,7 @@ class MLX_OD_MOE_API ExpertStore {
  private:
   friend class ExpertLease;
   class Core;
+  ExpertLease begin(int layer, std::span<const int32_t> ids, bool helping);
   std::shared_ptr<Core> core_;
 };
 

@@ -96,8 +96,10 @@ void RequestSchedule::begin_step(uint64_t step) {
   for (Layer& layer : layers_) layer.experts.cancel(step);
 }
 
-std::optional<ExpertRead> RequestSchedule::next() {
-  if (demands_.empty()) return next_prefetch();
+std::optional<ExpertRead> RequestSchedule::next() { return demands_.empty() ? next_prefetch() : next_demand(); }
+
+std::optional<ExpertRead> RequestSchedule::next_demand() {
+  if (demands_.empty()) return std::nullopt;
   const ExpertRead read = demands_.front();
   demands_.pop_front();
   return read;

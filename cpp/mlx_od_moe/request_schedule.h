@@ -61,6 +61,7 @@ class RequestSchedule {
   uint64_t step() const { return step_; }
 
   std::optional<ExpertRead> next();
+  std::optional<ExpertRead> next_demand();
   // Whether `next` may have something; it may have nothing all the same.
   bool has_more() const;
   size_t demands() const { return demands_.size(); }  // that no one has begun to read

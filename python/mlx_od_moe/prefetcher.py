@@ -124,6 +124,13 @@ class ShadowPrefetcher:
                 self._predict(self._runner, layer, hidden, step)
             self._last[layer] = ids.reshape(*rows, ids.shape[-1])[..., -1:, :]
 
+    def skip(self) -> None:
+        """What a layer computes now is not observed."""
+        if self._runner is not None:
+            with self._lock:
+                self._gap = True
+                self._last.clear()
+
     def count(self, layer: int, ids: NDArray[np.int32], step: int) -> None:
         """The same where nothing is predicted of it."""
         self._native.reached(layer, ids, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ._ext import is_computed
+from ._ext import LeaseChain, is_computed
 from .expert_store import ExpertStore
 from .guard import Guard
 from .moe import MoELayer, hooked
@@ -44,6 +44,12 @@ class Thread(threading.local):
     place = Place()
     hidden: mx.array | None = None
     waiting: tuple[Routed, Later] | None = None
+
+    def __init__(self, uncounted: int) -> None:
+        self.leases = LeaseChain()
+        # Choices that were not waited for: (i, step, ids). Its own only, since others can't tell
+        # whether they are computed; of the last passes, since some never will be.
+        self.uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=uncounted)
 
     def take_hidden(self) -> mx.array:
         """The input of the block that is computed now."""
@@ -78,9 +84,7 @@ class Runtime:
         self._prefetcher = ShadowPrefetcher(store, bundle)
         self._guard = Guard() if guarded and self._prefetcher.predicts else None
         self._counts = RunCounts(store)
-        self._thread = Thread()
-        # Of the last passes only: what nobody evaluates is never computed.
-        self._uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=8 * len(layers))
+        self._thread = Thread(8 * len(layers))
         self._step = 0
         self._reached = -1
         self._hooks = ExitStack()
@@ -100,13 +104,10 @@ class Runtime:
             routed = Routed(i, self._thread.take_hidden(), indices)
             self._finish()
             self._reach(routed)
+            if self._nobody_listens() and experts.need_no_wait(indices.size):
+                return self._unwaited(call, x, routed)
             if i == 0:
                 self._predict_by_token()
-            if experts.kept and self._nobody_listens():
-                self._uncounted.append((layer.index, self._step, indices))
-                output = experts.at_once(call, x, indices)
-                self._complete(i, output)
-                return output
             if self._thread.in_pass and experts.certainly_fit(indices.size):
                 mx.async_eval(indices, routed.hidden)  # type: ignore[no-untyped-call]
                 later = experts.later(call, x, indices.shape)
@@ -118,6 +119,13 @@ class Runtime:
 
         self._hooks.enter_context(hooked(layer.block, block))
         self._hooks.enter_context(hooked(layer.experts, switch))
+
+    def _unwaited(self, call: Callable[..., Any], x: mx.array, routed: Routed) -> mx.array:
+        """A layer's experts, whose choice only the counters learn, later."""
+        i, _, indices = routed
+        self._prefetcher.skip()
+        self._thread.uncounted.append((i, self._step, indices))
+        return self._experts[i].unwaited(call, x, indices, self._thread.leases)
 
     def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward pass of the whole model.
@@ -156,7 +164,7 @@ class Runtime:
         self._experts[i - 1].settle()
         ids = np.ascontiguousarray(indices, np.int32)
         layer = self.layers[i].index
-        predict = self._guard is None or self._guard.predicts()
+        predict = self._predicts()
         self._prefetcher.observe(layer, hidden, ids, self._step, predict, self._thread.place)
         if self.on_routing is not None:
             self.on_routing(layer, hidden, ids)
@@ -170,21 +178,27 @@ class Runtime:
         tokens = self._thread.tokens
         if tokens is None or not self._prefetcher.knows_tokens:
             return
-        if self._guard is None or self._guard.predicts():
+        if self._predicts():
             mx.eval(tokens)
             self._prefetcher.begin(np.array(tokens, np.int64).ravel(), self._step)
 
+    def _predicts(self) -> bool:
+        """Whether predictions are made in this step."""
+        return self._prefetcher.predicts and (self._guard is None or self._guard.predicts())
+
     def _nobody_listens(self) -> bool:
         """Whether what a router chooses may become known later."""
-        return self.on_routing is None and not self._prefetcher.predicts
+        return self.on_routing is None and not self._predicts()
 
     def _count(self) -> None:
-        """Of layers that did not wait for their router: what is computed by now."""
-        while self._uncounted and is_computed(self._uncounted[0][2]):
-            layer, step, indices = self._uncounted.popleft()
-            ids = np.ascontiguousarray(indices, np.int32)
+        """Of this thread's layers that did not wait for their router: what is computed by now."""
+        uncounted = self._thread.uncounted
+        while uncounted and is_computed(uncounted[0][2]):
+            i, step, indices = uncounted.popleft()
+            ids, layer = np.ascontiguousarray(indices, np.int32), self.layers[i].index
             self._prefetcher.count(layer, ids, step)
-            self.store.acquire(layer, ids).release()
+            if self._experts[i].kept:
+                self.store.acquire(layer, ids).release()
 
     def _reach(self, routed: Routed) -> None:
         """A layer's graph is built: perhaps the first of a forward pass."""
@@ -195,6 +209,7 @@ class Runtime:
 
     def _begin_step(self, tokens: int, shape: tuple[int, ...]) -> None:
         self._count()
+        self._thread.leases.renew()
         self._step += 1
         self.store.cancel(self._step)
         seconds = self._counts.step(tokens, prompt=len(shape) > 2 and shape[-2] > 1)
@@ -234,7 +249,12 @@ class Runtime:
         save_usage(path, {layer: self._prefetcher.uses(layer) for layer in layers})
 
     def close(self) -> None:
-        """End the threads. Twice is once."""
+        """End the threads. Twice is once.
+
+        What this thread has begun to compute is computed before; other threads' passes fail.
+        """
+        with suppress(RuntimeError):  # nobody asks for it any more
+            self._thread.leases.settle()
         self._prefetcher.close()
         self.store.close()
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from ._ext import ExpertLoan, is_computed
+from ._ext import ExpertLoan, GraphLeases, LeaseChain, is_computed
 from .expert_store import ExpertLease, ExpertStore
 from .moe import MoELayer
 
@@ -58,6 +58,8 @@ class StoredExperts:
         self._uncomputed: list[Uncomputed] = []
         self._all: ExpertLease | None = None  # of a layer that is in memory as a whole
         self._slot_of: mx.array | None = None
+        self._any = frozenset(range(layer.num_experts))
+        self._leases = GraphLeases(store.native, layer.index)
         self._set(self._pools)
 
     def _set(self, arrays: list[mx.array]) -> None:
@@ -101,13 +103,27 @@ class StoredExperts:
 
     @property
     def kept(self) -> bool:
-        """Whether `at_once` can be called."""
+        """Whether they are in memory for good. Then the store does not count `unwaited`."""
         return self._slot_of is not None
 
-    def at_once(self, compute: Compute, x: mx.array, indices: mx.array) -> mx.array:
-        """The same without a wait for `indices`; the store does not count it."""
-        assert self._slot_of is not None
-        return compute(x, self._slot_of[indices])
+    def need_no_wait(self, pairs: int) -> bool:
+        """Whether `unwaited` can compute so many token-expert pairs."""
+        return self.kept or (mx.default_device() == mx.cpu and self.certainly_fit(pairs))
+
+    def unwaited(
+        self, compute: Compute, x: mx.array, indices: mx.array, chain: LeaseChain
+    ) -> mx.array:
+        """The same, lazy, for `indices` that nobody knows yet: MLX acquires the experts itself.
+
+        `chain`: of the calling thread.
+        """
+        if self._slot_of is not None:
+            return compute(x, self._slot_of[indices])
+        self._make_room(self._any)
+        lease = self._leases.begin(indices, chain)
+        with self._lock:
+            output = compute(x, lease.slots)
+        return lease.end(output, chain)
 
     def certainly_fit(self, pairs: int) -> bool:
         """Whether so many token-expert pairs do, whatever their experts."""

@@ -89,6 +89,36 @@ TEST_CASE("a lease forbids eviction, and who finds no slot waits for a release")
   check_identities(rig.store->counters());
 }
 
+TEST_CASE("who acquires is told where other leases have to end first") {
+  Rig rig(2);
+  Ids slots(1);
+  int told = 0;
+  const auto crowded = [&] { ++told; };
+  rig.store->acquire(1, Ids{5}, slots, crowded).release();
+  CHECK(told == 0);
+  ExpertLease first = rig.acquire(1, {0, 1});
+  rig.store->acquire(1, Ids{1}, slots, crowded).release();
+  CHECK(told == 0);
+  rig.store->acquire(1, Ids{2}, slots, [&] {
+    crowded();
+    first.release();
+  }).release();
+  CHECK(told == 1);
+}
+
+TEST_CASE("who acquires reads, too") {
+  Rig rig(4, 1);
+  rig.disk->shut();
+  rig.prefetch(1, {7});
+  rig.disk->wait_for_reads(1);  // the only reader's
+  std::thread user([&] { rig.use(1, {0, 2}); });
+  rig.disk->wait_for_reads(2);
+  CHECK(rig.disk->begun()[1] == std::pair(1, 0));
+  rig.disk->open();
+  user.join();
+  CHECK(rig.store->counters().misses == 2);
+}
+
 TEST_CASE("who waits for many slots is not passed by who wants few") {
   Rig rig(3);
   ExpertLease first = rig.acquire(1, {0});
