@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_od_moe.confidence import Confidence
+from mlx_od_moe.metrics import Recall, hits, rank, reads
 
 
 def planted(rng, tokens: int, experts: int, sharpness: float):
@@ -23,7 +24,7 @@ def test_true_probabilities_have_no_error_and_others_have(batches):
         loud.add(3 * logits[part], chosen[part])
     assert true.calibration_error()[0] < 0.005
     assert loud.calibration_error()[0] > 0.03
-    assert true.report(2)["expected_over_chosen"][0] == pytest.approx(1, abs=0.01)
+    assert true.report()["expected_over_chosen"][0] == pytest.approx(1, abs=0.01)
 
 
 def test_a_threshold_finds_what_counting_finds():
@@ -50,3 +51,18 @@ def test_a_threshold_beats_a_fixed_number_where_tokens_differ():
     order = np.argsort(-logits, axis=-1)[..., :4]
     fixed = np.take_along_axis(taken, order, axis=-1).sum() / taken.sum()
     assert confidence.recall_by_threshold(4)[0] > fixed + 0.1
+
+
+def test_a_report_compares_both_ways_at_the_same_numbers_of_reads():
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(500, 2, 24)).astype(np.float32)
+    chosen = rank(scores + rng.normal(size=scores.shape), 6)
+    recall = Recall(2, 6, confidence=Confidence(2))
+    recall.add_scores(scores, chosen)
+    report = recall.report()
+    assert reads(6) == [3, 6, 9, 12]
+    for n in reads(6):
+        expected = hits(rank(scores, n), chosen).sum(axis=(0, 2)) / (500 * 6)
+        np.testing.assert_allclose(report[f"recall_at_{n}"], expected)
+        assert report[f"threshold_recall_at_{n}"] == recall.confidence.recall_by_threshold(n)
+    assert report["recall_at_6"] == report["recall_at_k"]

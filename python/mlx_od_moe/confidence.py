@@ -68,13 +68,11 @@ class Confidence:
             result.append(float(np.interp(width, read, found)))
         return result
 
-    def report(self, top_k: int) -> dict[str, list[float]]:
+    def report(self) -> dict[str, list[float]]:
         """Every figure by name, each a list over the distances."""
         return {
             "calibration_error": self.calibration_error(),
             "expected_over_chosen": [
                 float(x) for x in self.total / np.maximum(1, self.hits.sum(axis=1))
             ],
-            "threshold_recall_at_k": self.recall_by_threshold(top_k),
-            "threshold_recall_at_2k": self.recall_by_threshold(2 * top_k),
         }

@@ -23,6 +23,11 @@ FloatArray = npt.NDArray[np.floating[Any]]
 ACCURACIES = (1, 4, 8)  # the n of the top-n accuracies in a report
 
 
+def reads(top_k: int) -> list[int]:
+    """How many experts a token may read ahead of a layer: where a fixed number is compared."""
+    return sorted({max(1, top_k * n // 2) for n in (1, 2, 3, 4)})
+
+
 def rank(scores: FloatArray, n: int) -> IntArray:
     """Ids of the n highest scores along the last axis, best first; [..., num] → [..., n]."""
     n = min(n, scores.shape[-1])
@@ -158,7 +163,10 @@ class Recall:
                 share = counts[:, i] / np.maximum(counts[:, 0], 1e-30)
                 report[f"{name}_recall_at_{n}"] = [float(x) for x in share]
         if self.confidence is not None:
-            report |= self.confidence.report(self.top_k)
+            report |= self.confidence.report()
+            for width in reads(self.top_k):
+                report[f"recall_at_{width}"] = self.at(width)
+                report[f"threshold_recall_at_{width}"] = self.confidence.recall_by_threshold(width)
         return report | accuracies
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .metrics import reads
+
 LABELS = {
     "random": "random",
     "frequency": "frequency",
@@ -53,7 +55,6 @@ _DETAILS = (
     ("  all {k} among {k}", "exact_set_rate", None),
     ("  of the gate's mass", "gate_mass_recall_at_k", "gate_mass_recall_at_2k"),
     ("  not in a 25 % LRU cache", "non_resident_recall_at_k", "non_resident_recall_at_2k"),
-    ("  by a threshold", "threshold_recall_at_k", "threshold_recall_at_2k"),
     ("  calibration error", "calibration_error", None),
 )
 
@@ -64,7 +65,15 @@ def _details(metrics: dict[str, list[float]], k: int) -> list[str]:
         columns = [metrics[name] for name in (first, second) if name in metrics]
         if columns:
             rows.append(_row(label.format(k=k), *columns))
-    return ["", "of the shadow model's:", *rows] if rows else []
+    by_reads = [
+        _row(f"  {n} (used: × {k / n:.2f})", metrics[f"recall_at_{n}"], metrics[name])
+        for n in reads(k)
+        if (name := f"threshold_recall_at_{n}") in metrics
+    ]
+    if by_reads:
+        heads = f"{'the likeliest':<{7 * len(metrics['recall_at_k'])}}  by a threshold"
+        by_reads.insert(0, f"{'where so many are read:':26}{heads}")
+    return ["", "of the shadow model's:", *rows, *by_reads] if rows else []
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
