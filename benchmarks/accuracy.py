@@ -25,6 +25,8 @@ ABLATIONS = {
     "without gate lookahead": ["--context", "attention", "--candidates", "mlp"],
     "KL": [*CONTEXT, "--loss", "kl"],
     "width 512": [*CONTEXT, "--predictor-size", "512"],
+    "window 16": [*CONTEXT, "--window", "16"],
+    "one epoch": [*CONTEXT, "--epochs", "1"],
 }
 
 
@@ -102,6 +104,16 @@ class Tables:
         (self.out / "tables.md").write_text("\n".join([*self.text, *costs]), encoding="utf-8")
 
 
+def schedule(tokens: int) -> list[str]:
+    """How long to train on so many tokens: a curve shows what samples are worth, not steps.
+
+    Few are passed over until the same work is done, one epoch of 2**20, but not 500 times.
+    """
+    epochs = str(min(500, max(3, 2**20 // tokens)))
+    held_out = ".02" if tokens >= 2**18 else ".1"
+    return ["--epochs", epochs, "--patience", epochs, "--validation-fraction", held_out]
+
+
 def cpu_seconds() -> float:
     """Of all finished child processes."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -147,10 +159,11 @@ def main() -> None:
     validation = held_out["validation"]
     for tokens in options.curve:
         traces = tables.collect(f"train-{tokens}", tokens, "*.train.txt")
-        few = tables.train(f"context-{tokens}", traces, *CONTEXT, "--epochs", "8")
+        few = tables.train(f"context-{tokens}", traces, *CONTEXT, *schedule(tokens))
         tables.evaluate(f"with context, {tokens:,} tokens", few, validation, traces)
     for name, flags in ABLATIONS.items() if options.ablations else ():
-        other = tables.train("ablation-" + "-".join(name.split()), train, *flags)
+        stem = "ablation-" + "-".join(name.split())
+        other = tables.train(stem, train, *flags, "--validation-fraction", ".02")
         tables.evaluate(f"with context, {name}", other, validation, train)
     tables.write()
     print((options.out / "tables.md").read_text(encoding="utf-8"))

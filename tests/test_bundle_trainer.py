@@ -13,6 +13,7 @@ from mlx_od_moe.context import ContextConfig
 from mlx_od_moe.evaluate import evaluate
 from mlx_od_moe.metrics import hits
 from mlx_od_moe.routing_trace import Predictions, open_routing, predict_layers
+from mlx_od_moe.training.bundle_trainer import planned_steps
 from mlx_od_moe.training.dataset import read_array
 from mlx_od_moe.training.fit import FitOptions
 from mlx_od_moe.training.layer_trainer import TrainingOptions
@@ -127,6 +128,12 @@ def test_random_batches_pass_over_less_than_a_block_per_group(traces):
     rng = np.random.default_rng(0)
     seen = sum(len(block) * 64 for block in blocks.batches(64, 3, rng))
     assert len(blocks) - 2 * 64 < seen <= len(blocks)
+
+
+def test_the_schedule_ends_with_the_last_epoch_however_few_the_tokens():
+    assert planned_steps(500, 1024, 2048) == 500
+    assert planned_steps(3, 1_000_000, 2048) == 3 * 488
+    assert planned_steps(1, 1024, 2048) == 2  # warm-up and decay
 
 
 def test_streamed_blocks_hold_little_more_than_their_memory(tmp_path):

@@ -85,7 +85,7 @@ class BundleFit:
 
     def _optimizer(self) -> Any:
         options = self.options
-        steps = max(2, options.epochs * len(self.training) // (self._batch * _BLOCK))
+        steps = planned_steps(options.epochs, len(self.training), self._batch * _BLOCK)
         warmup = max(1, min(50, steps // 10))
 
         def schedule(peak: float) -> Any:
@@ -165,6 +165,11 @@ class BundleFit:
             optimizer.state = tree_unflatten(list(tensors(f"optimizer.{name}.").items()))
         self._best = tensors("best.")
         return self.state
+
+
+def planned_steps(epochs: int, tokens: int, batch_tokens: int) -> int:
+    """How many steps the learning rate's schedule is for; each epoch has one at least."""
+    return max(2, epochs * max(1, tokens // batch_tokens))
 
 
 def _is_matrix(path: str, weight: mx.array) -> bool:
