@@ -99,10 +99,13 @@ TEST_CASE("who acquires is told where other leases have to end first") {
   ExpertLease first = rig.acquire(1, {0, 1});
   rig.store->acquire(1, Ids{1}, slots, crowded).release();
   CHECK(told == 0);
-  rig.store->acquire(1, Ids{2}, slots, [&] {
-    crowded();
-    first.release();
-  }).release();
+  rig.store
+      ->acquire(1, Ids{2}, slots,
+                [&] {
+                  crowded();
+                  first.release();
+                })
+      .release();
   CHECK(told == 1);
 }
 
