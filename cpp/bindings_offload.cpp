@@ -94,6 +94,9 @@ went into, or that will never be computed. Before, an evaluation raises RuntimeE
             chain.settle();
           },
           "Waits for the leases that MLX is to begin without being asked again. Raises what they failed of.")
+      .def("count", &LeaseChain::count, "Leases that may still begin, or have not ended.")
+      .def("forget", &LeaseChain::forget, "No more are built: what is left of them need not be kept for the next.")
+      .def("revoke", &LeaseChain::revoke, "Leases that have not begun fail where they would.")
       .def("renew", &LeaseChain::renew, "After a failure, leases that are built from now on are tried again.");
   nb::class_<GraphLease>(m, "GraphLease", "A lease that MLX begins and ends itself, on a CPU.")
       .def_prop_ro("slots", &GraphLease::slots, nb::sig("def slots(self) -> mlx.core.array"),

@@ -19,8 +19,10 @@
 #include "mlx_od_moe/expert_store.h"
 
 // The leases of one thread's graphs, one after the other, of whatever layers: each begins once the one before has
-// ended. Who holds a lease and waits for slots may wait for itself; so a stream holds at most one, and what it
-// computes with that waits for nobody.
+// ended. Who holds a lease and waits for slots may wait for itself; so a stream holds at most one.
+//
+// One thread only may have a chain, and while it has leases nobody else any for whose end Python must run: MLX
+// waits for all streams with Python's lock held (clear_cache), also for one that waits for slots.
 class LeaseChain {
  public:
   // After a failure, leases that are built from now on are tried again.
@@ -31,32 +33,21 @@ class LeaseChain {
   void settle() {
     if (last_ && last_->status() == mlx::core::array::Status::evaluated) last_->wait();
   }
+  // Leases that may still begin, or have not ended.
+  int count() const { return use_->leases; }
+  // No more are built. Those that have not begun now fail where they would.
+  void forget() { last_.reset(); }
+  void revoke() { use_->revoked = true; }
 
  private:
   friend class GraphLease;
+  struct Use {
+    std::atomic<int> leases{0};
+    std::atomic<bool> revoked{false};
+  };
   std::optional<mlx::core::array> last_;  // what the last lease ended with
+  std::shared_ptr<Use> use_ = std::make_shared<Use>();
   std::shared_ptr<std::atomic<bool>> failed_ = std::make_shared<std::atomic<bool>>(false);
-};
-
-// MLX lets no thread submit work while some ten tasks wait, of all streams together. Those of a stream that waits
-// for another's lease to end must not count then: what ends it may not have been submitted.
-class UncountedTasks {
- public:
-  explicit UncountedTasks(mlx::core::Stream stream) : stream_(stream) {}
-  ~UncountedTasks() {
-    for (; uncounted_ > 0; --uncounted_) mlx::core::scheduler::notify_new_task(stream_);
-  }
-  UncountedTasks(const UncountedTasks&) = delete;
-  UncountedTasks& operator=(const UncountedTasks&) = delete;
-
-  void begin() {
-    for (; uncounted_ < kTasks; ++uncounted_) mlx::core::scheduler::notify_task_completion(stream_);
-  }
-
- private:
-  static constexpr int kTasks = 1 << 14;  // of ten operations each: more than a graph has
-  const mlx::core::Stream stream_;
-  int uncounted_ = 0;
 };
 
 // The experts of one call of a layer: `slots` go into the graph, what it computes with them goes through `end`.
@@ -69,7 +60,7 @@ class GraphLease {
   // Distinct ids must be no more than the layer's slots.
   GraphLease(std::shared_ptr<mlx_od_moe::ExpertStore> store, int layer, const mlx::core::array& ids,
              const LeaseChain& chain)
-      : lease_(std::make_shared<Lease>(Lease{std::move(store), layer, chain.failed_, std::nullopt})),
+      : lease_(std::make_shared<Lease>(std::move(store), layer, chain)),
         slots_(ids.shape(), mlx::core::uint32, std::make_shared<Begin>(lease_), inputs(ids, chain)) {}
 
   // uint32, of the shape of the ids.
@@ -84,8 +75,34 @@ class GraphLease {
 
  private:
   struct Lease {
+    Lease(std::shared_ptr<mlx_od_moe::ExpertStore> from, int of_layer, const LeaseChain& chain)
+        : store(std::move(from)), layer(of_layer), use(chain.use_), failed(chain.failed_) {
+      ++use->leases;
+    }
+    ~Lease() {
+      held.reset();
+      --use->leases;
+    }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+
+    void begin(std::span<const int32_t> ids, std::span<int32_t> slots) {
+      std::ranges::fill(slots, 0);  // a place, for what MLX still computes where this fails
+      if (*failed) return;
+      try {
+        if (use->revoked) {
+          throw std::runtime_error("[offload] this pass was not evaluated before another thread's began: call again");
+        }
+        held.emplace(store->acquire(layer, ids, slots));
+      } catch (...) {
+        *failed = true;
+        throw;
+      }
+    }
+
     std::shared_ptr<mlx_od_moe::ExpertStore> store;
     int layer;
+    std::shared_ptr<LeaseChain::Use> use;
     std::shared_ptr<std::atomic<bool>> failed;
     std::optional<mlx_od_moe::ExpertLease> held;
   };
@@ -120,23 +137,9 @@ class GraphLease {
       mlx::core::array& out = outputs[0];
       out.set_data(mlx::core::allocator::malloc(out.nbytes()));
       dispatch(inputs[0], out,
-               [lease = lease_, ids = inputs[0].data<int32_t>(), slots = out.data<int32_t>(), count = out.size(),
-                stream = stream()] {
-                 UncountedTasks tasks(stream);
-                 begin(*lease, {ids, count}, {slots, count}, tasks);
+               [lease = lease_, ids = inputs[0].data<int32_t>(), slots = out.data<int32_t>(), count = out.size()] {
+                 lease->begin({ids, count}, {slots, count});
                });
-    }
-
-   private:
-    static void begin(Lease& lease, std::span<const int32_t> ids, std::span<int32_t> slots, UncountedTasks& tasks) {
-      std::ranges::fill(slots, 0);  // a place, for what MLX still computes where this fails
-      if (*lease.failed) return;
-      try {
-        lease.held.emplace(lease.store->acquire(lease.layer, ids, slots, [&tasks] { tasks.begin(); }));
-      } catch (...) {
-        *lease.failed = true;
-        throw;
-      }
     }
   };
 

@@ -1,7 +1,6 @@
 """Experts that MLX acquires itself: where nobody predicts and nobody listens."""
 
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ from mlx_lm.utils import load as load_stock
 
 import mlx_od_moe
 from checkpoints import model_directory
+from mlx_od_moe import sole_user
 from mlx_od_moe.pack import pack
 
 TOKEN = mx.array([[7]])
@@ -89,18 +89,54 @@ def test_passes_can_be_evaluated_in_any_order(nano):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_threads_with_room_for_one_tokens_experts_get_on(nano, mixed):
-    """Also where some passes wait for their routers and others do not."""
+    """Also where some read prompts, and MLX waits for all of them with Python's lock held."""
     stock = load_stock(str(nano))[0]
     model, _, runtime = mlx_od_moe.load(nano, capacity="12.5%")
-    first = [3, 50, 700, 2000]
+    prompt, first = mx.array([list(range(100, 140))]), [3, 50, 700, 2000]
     expected = [decode(stock, token, 12) for token in first]
+    read = stock(prompt)
+
+    def work(token):
+        if mixed:
+            assert mx.array_equal(model(prompt), read)
+        ids = decode(model, token, 12)
+        mx.clear_cache()
+        return ids
+
+    mx.eval(read)
     with runtime, ThreadPoolExecutor(len(first)) as pool:
-        for turn in range(3):
-            tokens = pool.map(lambda token: decode(model, token, 12), first)
-            for k in range(100 if mixed else 0):
-                runtime.on_routing = None if (k + turn) % 2 else lambda *_: None
-                time.sleep(0.01)
-            assert list(tokens) == expected
+        for _ in range(3):
+            assert list(pool.map(work, first)) == expected
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_a_second_thread_waits_for_what_the_first_has_begun(quarter, nano):
+    model, _ = quarter
+    token = mx.array([[9]])
+    expected = load_stock(str(nano))[0](token)
+    mx.eval(expected)
+    output = model(token)
+    mx.async_eval(output)
+    assert in_a_thread(lambda: mx.array_equal(model(mx.array([[9]])), expected).item())
+    assert mx.array_equal(output, expected)
+    assert mx.array_equal(model(token), expected)  # it waits for its experts now, as all do
+
+
+def test_a_pass_that_a_second_thread_has_waited_for_in_vain_is_refused(
+    quarter, logits, monkeypatch
+):
+    monkeypatch.setattr(sole_user, "PATIENCE", 0.1)
+    model, _ = quarter
+    mx.eval(logits)
+    output = model(TOKEN)  # and nobody evaluates it
+    assert in_a_thread(lambda: mx.array_equal(model(mx.array([[7]])), logits).item())
+    with pytest.raises(RuntimeError, match="not evaluated before another thread's began"):
+        mx.eval(output)
+    assert mx.array_equal(model(TOKEN), logits)
 
 
 def test_who_listens_and_who_does_not_may_take_turns(quarter, nano):

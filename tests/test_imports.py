@@ -38,6 +38,7 @@ FOUNDATION = {
     "fingerprint": {"model_routers", "moe", "predictor_bundle"},
     "token_experts": {"token_table"},
     "sequences": {"shadow_runner"},
+    "sole_user": {"_ext"},
     "prefetcher": {
         "_ext",
         "expert_store",
@@ -66,6 +67,7 @@ FOUNDATION = {
         "progress",
         "run_counts",
         "sequences",
+        "sole_user",
         "switch",
         "usage",
     },

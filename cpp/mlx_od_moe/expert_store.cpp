@@ -109,11 +109,6 @@ class ExpertStore::Core {
     return true;
   }
 
-  bool admitted(const ExpertRequest& request) const {
-    const std::lock_guard lock(mutex_);
-    return request.admitted;
-  }
-
   int slot(size_t layer, int expert) const { return schedule_.experts(layer).slot(expert); }
 
   void release(ExpertRequest& request) {
@@ -342,13 +337,11 @@ ExpertLease ExpertStore::begin(int layer, std::span<const int32_t> ids, bool hel
 
 ExpertLease ExpertStore::request(int layer, std::span<const int32_t> ids) { return begin(layer, ids, false); }
 
-ExpertLease ExpertStore::acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots,
-                                 const std::function<void()>& crowded) {
+ExpertLease ExpertStore::acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots) {
   if (slots.size() != ids.size()) {
     refuse("slots must be as many as ids (" + std::to_string(ids.size()) + "), got " + std::to_string(slots.size()));
   }
   ExpertLease lease = begin(layer, ids, true);
-  if (crowded && !core_->admitted(*lease.state_)) crowded();
   core_->wait(*lease.state_, Parking::kForever, true);
   for (size_t i = 0; i < ids.size(); ++i) slots[i] = lease.slot(ids[i]);
   return lease;

@@ -23,7 +23,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -82,10 +81,8 @@ class MLX_OD_MOE_API ExpertStore {
 
   // Begins to read what is missing of these experts, all at once; an id may come several times.
   ExpertLease request(int layer, std::span<const int32_t> ids);
-  // The same, and waits, reading beside the readers; slots[i] is where ids[i] lies. `crowded` is called where other
-  // leases have to end first.
-  ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots,
-                      const std::function<void()>& crowded = {});
+  // The same, and waits, reading beside the readers; slots[i] is where ids[i] lies.
+  ExpertLease acquire(int layer, std::span<const int32_t> ids, std::span<int32_t> slots);
 
   // Experts that the layer will probably use in that step, with their probabilities, or none: all 1. Step and
   // layer are the deadline: the layer's turn, counted in layers (PrefetchPolicy), not by a clock.

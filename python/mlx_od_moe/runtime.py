@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ._ext import LeaseChain, is_computed
+from ._ext import is_computed
 from .expert_store import ExpertStore
 from .guard import Guard
 from .moe import MoELayer, hooked
@@ -24,6 +24,7 @@ from .prefetcher import ShadowPrefetcher
 from .progress import progress_bar
 from .run_counts import RunCounts
 from .sequences import Place
+from .sole_user import SoleUser
 from .switch import Later, StoredExperts
 from .usage import save_usage
 
@@ -46,7 +47,6 @@ class Thread(threading.local):
     waiting: tuple[Routed, Later] | None = None
 
     def __init__(self, uncounted: int) -> None:
-        self.leases = LeaseChain()
         # Choices that were not waited for: (i, step, ids). Its own only, since others can't tell
         # whether they are computed; of the last passes, since some never will be.
         self.uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=uncounted)
@@ -85,6 +85,7 @@ class Runtime:
         self._guard = Guard() if guarded and self._prefetcher.predicts else None
         self._counts = RunCounts(store)
         self._thread = Thread(8 * len(layers))
+        self._sole_user = SoleUser()
         self._step = 0
         self._reached = -1
         self._hooks = ExitStack()
@@ -104,8 +105,10 @@ class Runtime:
             routed = Routed(i, self._thread.take_hidden(), indices)
             self._finish()
             self._reach(routed)
-            if self._nobody_listens() and experts.need_no_wait(indices.size):
-                return self._unwaited(call, x, routed)
+            self._sole_user.enter()
+            with self._sole_user.building() as alone:
+                if self._nobody_listens() and experts.need_no_wait(indices.size, alone):
+                    return self._unwaited(call, x, routed)
             if i == 0:
                 self._predict_by_token()
             if self._thread.in_pass and experts.certainly_fit(indices.size):
@@ -125,7 +128,7 @@ class Runtime:
         i, _, indices = routed
         self._prefetcher.skip()
         self._thread.uncounted.append((i, self._step, indices))
-        return self._experts[i].unwaited(call, x, indices, self._thread.leases)
+        return self._experts[i].unwaited(call, x, indices, self._sole_user.leases)
 
     def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward pass of the whole model.
@@ -209,7 +212,7 @@ class Runtime:
 
     def _begin_step(self, tokens: int, shape: tuple[int, ...]) -> None:
         self._count()
-        self._thread.leases.renew()
+        self._sole_user.leases.renew()
         self._step += 1
         self.store.cancel(self._step)
         seconds = self._counts.step(tokens, prompt=len(shape) > 2 and shape[-2] > 1)
@@ -253,8 +256,7 @@ class Runtime:
 
         What this thread has begun to compute is computed before; other threads' passes fail.
         """
-        with suppress(RuntimeError):  # nobody asks for it any more
-            self._thread.leases.settle()
+        self._sole_user.settle()
         self._prefetcher.close()
         self.store.close()
 

@@ -106,16 +106,18 @@ class StoredExperts:
         """Whether they are in memory for good. Then the store does not count `unwaited`."""
         return self._slot_of is not None
 
-    def need_no_wait(self, pairs: int) -> bool:
-        """Whether `unwaited` can compute so many token-expert pairs."""
-        return self.kept or (mx.default_device() == mx.cpu and self.certainly_fit(pairs))
+    def need_no_wait(self, pairs: int, alone: bool) -> bool:
+        """Whether `unwaited` can compute so many token-expert pairs. `alone`: see SoleUser."""
+        if self.kept:
+            return True
+        return alone and mx.default_device() == mx.cpu and self.certainly_fit(pairs)
 
     def unwaited(
         self, compute: Compute, x: mx.array, indices: mx.array, chain: LeaseChain
     ) -> mx.array:
         """The same, lazy, for `indices` that nobody knows yet: MLX acquires the experts itself.
 
-        `chain`: of the calling thread.
+        `chain`: of the only thread that computes.
         """
         if self._slot_of is not None:
             return compute(x, self._slot_of[indices])

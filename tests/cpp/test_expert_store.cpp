@@ -89,26 +89,6 @@ TEST_CASE("a lease forbids eviction, and who finds no slot waits for a release")
   check_identities(rig.store->counters());
 }
 
-TEST_CASE("who acquires is told where other leases have to end first") {
-  Rig rig(2);
-  Ids slots(1);
-  int told = 0;
-  const auto crowded = [&] { ++told; };
-  rig.store->acquire(1, Ids{5}, slots, crowded).release();
-  CHECK(told == 0);
-  ExpertLease first = rig.acquire(1, {0, 1});
-  rig.store->acquire(1, Ids{1}, slots, crowded).release();
-  CHECK(told == 0);
-  rig.store
-      ->acquire(1, Ids{2}, slots,
-                [&] {
-                  crowded();
-                  first.release();
-                })
-      .release();
-  CHECK(told == 1);
-}
-
 TEST_CASE("who acquires reads, too") {
   Rig rig(4, 1);
   rig.disk->shut();
