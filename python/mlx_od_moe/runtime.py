@@ -105,9 +105,11 @@ class Runtime:
             routed = Routed(i, self._thread.take_hidden(), indices)
             self._finish()
             self._reach(routed)
+            if experts.kept and self._nobody_listens():
+                return self._unwaited(call, x, routed)
             self._sole_user.enter()
             with self._sole_user.building() as alone:
-                if self._nobody_listens() and experts.need_no_wait(indices.size, alone):
+                if alone and self._nobody_listens() and experts.can_be_leased(indices.size):
                     return self._unwaited(call, x, routed)
             if i == 0:
                 self._predict_by_token()

@@ -106,11 +106,9 @@ class StoredExperts:
         """Whether they are in memory for good. Then the store does not count `unwaited`."""
         return self._slot_of is not None
 
-    def need_no_wait(self, pairs: int, alone: bool) -> bool:
-        """Whether `unwaited` can compute so many token-expert pairs. `alone`: see SoleUser."""
-        if self.kept:
-            return True
-        return alone and mx.default_device() == mx.cpu and self.certainly_fit(pairs)
+    def can_be_leased(self, pairs: int) -> bool:
+        """Whether `unwaited` can compute so many token-expert pairs where they are not kept."""
+        return mx.default_device() == mx.cpu and self.certainly_fit(pairs)
 
     def unwaited(
         self, compute: Compute, x: mx.array, indices: mx.array, chain: LeaseChain
