@@ -203,10 +203,13 @@ def test_a_guard_that_has_switched_prediction_off_spares_the_wait(nano, logits, 
     with runtime:
         mx.eval(model(mx.array([[3]])))
         assert runtime.report()["prediction"]["runner"]["submitted"] > 0
+        assert not runtime._prefetcher._gap
         runtime._guard.predicting = False
         before = runtime.store.counters()["lookups"]
         output = model(TOKEN)
         assert runtime.store.counters()["lookups"] == before
         assert mx.array_equal(output, logits)
+        # What it has not seen must not be taken for what came just before.
+        assert runtime._prefetcher._gap
         runtime._guard.predicting = True
         assert mx.array_equal(model(TOKEN), logits)
