@@ -18,6 +18,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/json.cpp
   cpp/mlx_od_moe/open_file.cpp
   cpp/mlx_od_moe/packed_matrix.cpp
+  cpp/mlx_od_moe/pass_observer.cpp
   cpp/mlx_od_moe/predictor.cpp
   cpp/mlx_od_moe/predictor_file.cpp
   cpp/mlx_od_moe/prefetch_policy.cpp
@@ -32,6 +33,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/sequence_table.cpp
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/simulator.cpp
+  cpp/mlx_od_moe/token_experts.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)

@@ -3,24 +3,32 @@
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
+#include "bindings_runner.h"
 #include "bindings_store.h"
 #include "expert_loan.h"
 #include "graph_leases.h"
+#include "mlx_od_moe/pass_observer.h"
 #include "mlx_od_moe/prefetcher.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
 using namespace nb::literals;
 using mlx_od_moe::ExpertLease;
+using mlx_od_moe::PassObserver;
 using mlx_od_moe::PredictionQueue;
 using mlx_od_moe::PredictionRecall;
 using mlx_od_moe::PrefetchChange;
@@ -57,6 +65,92 @@ nb::list take_changes(Prefetcher& prefetcher) {
   return out;
 }
 
+// Leases may outlive it: what it was made of ends with it, on Python's threads.
+class Observer {
+ public:
+  explicit Observer(PassObserver::Parts parts) : native_(std::make_shared<PassObserver>(std::move(parts))) {}
+  ~Observer() { native_->close(); }
+  Observer(const Observer&) = delete;
+  Observer& operator=(const Observer&) = delete;
+
+  const std::shared_ptr<PassObserver>& native() const { return native_; }
+  PassObserver* operator->() const { return native_.get(); }
+
+ private:
+  std::shared_ptr<PassObserver> native_;
+};
+
+template <class T>
+using Table = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+std::vector<T> copied(const Table<T>& table) {
+  return {table.data(), table.data() + table.size()};
+}
+
+void make_observer(Observer* self, const Store& store, std::shared_ptr<PredictionQueue> queue,
+                   std::shared_ptr<Prefetcher> prefetcher, nb::handle runner, std::vector<int> watched,
+                   std::map<int, std::vector<int>> previous_at, std::vector<int> token_layers,
+                   const std::optional<Table<int32_t>>& tokens, const std::optional<Table<uint16_t>>& experts,
+                   const std::optional<Table<uint8_t>>& probabilities) {
+  PassObserver::Parts parts;
+  parts.store = shared(store);
+  parts.queue = std::move(queue);
+  parts.prefetcher = std::move(prefetcher);
+  parts.previous_at = std::move(previous_at);
+  if (!runner.is_none()) {
+    parts.runner = shared_runner(runner);
+    parts.watched = std::move(watched);
+  }
+  if (tokens && experts && probabilities) {
+    parts.tokens.emplace(copied(*tokens), copied(*experts), copied(*probabilities), std::move(token_layers));
+  }
+  new (self) Observer(std::move(parts));
+}
+
+void bind_observer(nb::module_& m) {
+  nb::class_<Observer>(m, "PassObserver", R"(Told what forward passes do, prefetches by it: see cpp/mlx_od_moe/pass_observer.h.
+
+watched: the layers whose states the runner is given. previous_at: for layers whose predictors take the last token's experts, the layers that they speak of. The
+last three are what TokenExperts has, and token_layers the first MoE layers, which it speaks of.)")
+      .def("__init__", &make_observer, "store"_a, "queue"_a, "prefetcher"_a, "runner"_a.none(), "watched"_a, "previous_at"_a,
+           "token_layers"_a, "tokens"_a.none(), "experts"_a.none(), "probabilities"_a.none(),
+           nb::sig("def __init__(self, store: ExpertStore, queue: PredictionQueue, prefetcher: Prefetcher, runner: "
+                   "ShadowRunner | None, watched: list[int], previous_at: dict[int, list[int]], token_layers: list[int], tokens: "
+                   "numpy.typing.NDArray[numpy.int32] | None, experts: numpy.typing.NDArray[numpy.uint16] | None, "
+                   "probabilities: numpy.typing.NDArray[numpy.uint8] | None) -> None"))
+      .def(
+          "begin", [](Observer& o, const Ids& tokens, uint64_t step) { o->begin({tokens.data(), tokens.size()}, step); },
+          "tokens"_a, "step"_a,
+          nb::sig("def begin(self, tokens: numpy.typing.NDArray[numpy.int32], step: int) -> None"),
+          "A pass begins, with one token of each sequence.")
+      .def(
+          "begin_in_graph",
+          [](Observer& o, const mx::array& tokens, uint64_t step, const LeaseChain& chain) {
+            return BeginPass::of(tokens, o.native(), step, chain);
+          },
+          "tokens"_a, "step"_a, "chain"_a,
+          nb::sig("def begin_in_graph(self, tokens: mlx.core.array, step: int, chain: LeaseChain) -> mlx.core.array"),
+          "The same tokens: `begin` is called when MLX has them, after the chain's last lease has ended.")
+      .def(
+          "remember",
+          [](Observer& o, int layer, const Ids& ids) {
+            o->remember(layer, {ids.data(), ids.size()}, static_cast<int>(ids.shape(0)));
+          },
+          "layer"_a, "ids"_a,
+          nb::sig("def remember(self, layer: int, ids: numpy.typing.NDArray[numpy.int32]) -> None"),
+          "The experts [sequences, top_k] of each sequence's last token.")
+      .def(
+          "previous",
+          [](Observer& o, int layer, int sequences) { return o->previous(layer, sequences); }, "layer"_a,
+          "sequences"_a,
+          "What is remembered of the layers that the layer's predictor speaks of: [sequences, layers, top_k], flat;\n"
+          "empty: not known of all.")
+      .def("miss", [](Observer& o) { o->miss(); }, "What is told next does not follow what was told last.")
+      .def("take_missed", [](Observer& o) { return o->take_missed(); }, "Whether that was so since the last call.")
+      .def("take_error", [](Observer& o) { return o->take_error(); }, "Why predicting stopped, once.");
+}
+
 }  // namespace
 
 void bind_offload(nb::module_& m) {
@@ -88,8 +182,9 @@ went into, or that will never be computed. Before, an evaluation raises RuntimeE
       .def(
           "settle",
           [](LeaseChain& chain) {
+            const LeaseChain held = chain;  // for as long as other threads may change it
             nb::gil_scoped_release release;
-            chain.settle();
+            held.settle();
           },
           "Waits for the leases that MLX is to begin without being asked again. Raises what they failed of.")
       .def("count", &LeaseChain::count, "Leases that may still begin, or have not ended.")
@@ -107,9 +202,19 @@ went into, or that will never be computed. Before, an evaluation raises RuntimeE
           "__init__",
           [](GraphLeases* self, const Store& store, int layer) { new (self) GraphLeases{shared(store), layer}; },
           "store"_a, "layer"_a)
-      .def("begin", &GraphLeases::begin, "ids"_a, "chain"_a,
-           nb::sig("def begin(self, ids: mlx.core.array, chain: LeaseChain) -> GraphLease"),
-           "For ids [...], once the chain's last has ended.");
+      .def(
+          "begin",
+          [](const GraphLeases& leases, const mx::array& ids, const LeaseChain& chain, const Observer& observer,
+             uint64_t step, std::optional<mx::array> hidden, int sequence) {
+            return leases.begin(ids, {observer.native(), step, std::move(hidden), sequence}, chain);
+          },
+          "ids"_a, "chain"_a, "observer"_a, "step"_a, "hidden"_a = nb::none(), "sequence"_a = 0,
+          nb::sig("def begin(self, ids: mlx.core.array, chain: LeaseChain, observer: PassObserver, step: int, hidden: "
+                  "mlx.core.array | None = None, sequence: int = 0) -> GraphLease"),
+          R"(For ids [...], once the chain's last has ended; before, the observer is told.
+
+hidden: the layer's input, of one token of the sequence, to predict from; None: it is not looked at.)");
+  bind_observer(m);
   m.def(
       "is_computed", [](const mx::array& array) { return array.is_available(); }, "array"_a,
       nb::sig("def is_computed(array: mlx.core.array) -> bool"), "Whether MLX has computed it; never waits.");

@@ -14,7 +14,9 @@
 #include <string>
 
 #include "bindings.h"
+#include "bindings_runner.h"
 #include "bindings_wait.h"
+#include "float_type.h"
 #include "mlx_od_moe/prefetcher.h"
 #include "mlx_od_moe/shadow_runner.h"
 
@@ -76,13 +78,9 @@ struct Hidden {
   }
 
   void from_mlx(const mx::array& a) {
-    if (a.dtype() == mx::float32) {
-      query.dtype = DType::float32;
-    } else if (a.dtype() == mx::float16 || a.dtype() == mx::bfloat16) {
-      query.dtype = a.dtype() == mx::float16 ? DType::float16 : DType::bfloat16;
-    } else {
-      refuse_type();
-    }
+    const std::optional<DType> type = float_type(a);
+    if (!type) refuse_type();
+    query.dtype = *type;
     if (a.is_tracer())
       throw std::invalid_argument("[ShadowRunner] predict_async can't be part of mx.compile or mx.grad");
     shape.assign(a.shape().begin(), a.shape().end());
@@ -179,8 +177,9 @@ class Runner {
       call = [callback = callback_](const PredictionRecord& record) { (*callback)(record); };
     }
     if (k && *k < 1) throw std::invalid_argument("[ShadowRunner] k must be 1 or more, got " + std::to_string(*k));
-    native_.emplace(std::move(layers), moe_layers, mlx_od_moe::RunnerOptions{k.value_or(0), capacity}, std::move(queue),
-                    std::move(call));
+    native_ = std::make_shared<ShadowRunner>(std::move(layers), moe_layers,
+                                             mlx_od_moe::RunnerOptions{k.value_or(0), capacity}, std::move(queue),
+                                             std::move(call));
   }
 
   // What no call has reported is reported here.
@@ -271,6 +270,7 @@ class Runner {
   }
 
   ShadowRunner& native() { return *native_; }
+  const std::shared_ptr<ShadowRunner>& shared() const { return native_; }
 
   static int traverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
@@ -287,7 +287,7 @@ class Runner {
 
  private:
   std::shared_ptr<Callback> callback_;
-  std::optional<ShadowRunner> native_;
+  std::shared_ptr<ShadowRunner> native_;
 };
 
 std::vector<int> ids_of(Runner& runner, int layer, std::optional<double> timeout) {
@@ -307,6 +307,8 @@ PyType_Slot runner_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Runner::
                               {0, nullptr}};
 
 }  // namespace
+
+std::shared_ptr<ShadowRunner> shared_runner(nb::handle runner) { return nb::cast<const Runner&>(runner).shared(); }
 
 void bind_shadow_runner(nb::module_& m) {
   nb::class_<Runner>(m, "ShadowRunner", nb::type_slots(runner_slots), nb::is_weak_referenceable())

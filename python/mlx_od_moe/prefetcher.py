@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ._ext import Prediction, PredictionQueue, Prefetcher
+from ._ext import PassObserver, PredictionQueue, Prefetcher
 from .expert_store import ExpertStore
 from .predictor_bundle import PredictorBundle
 from .sequences import Place, Sequences
@@ -33,67 +34,75 @@ class ShadowPrefetcher:
     Args:
         store: whose experts are prefetched.
         bundle: the predictors; None: only uses are counted.
+        settle: waits until what MLX tells the observer itself has been told; called before a
+            context is changed.
         format, threads: see ShadowRunner.
+
+    Attributes:
+        observer: what MLX may tell of passes itself; else `begin` and `observe` do.
     """
 
     def __init__(
         self,
         store: ExpertStore,
         bundle: PredictorBundle | None = None,
+        settle: Callable[[], object] = lambda: None,
         format: str = "int4",
         threads: int = 1,
     ):
         queue = PredictionQueue()
         self._native = Prefetcher(store.native, queue)
-        self._queue = queue
         self._runner: ShadowRunner | None = None
-        self._tokens: TokenExperts | None = None
         self._layers: list[int] = []
         self._sources: dict[int, list[int]] = {}
-        self._last: dict[int, NDArray[np.int32]] = {}
+        self._previous: dict[int, list[int]] = {}
+        self._settle = settle
         self._lock = Lock()
         self._context = None if bundle is None else bundle.context
         # Whether the context missed tokens; the step that it saw last, and whose that was.
         self._gap, self._step, self._sequence = False, -1, 0
-        if bundle is None:
-            return
-        # Of layers that are resident as a whole nothing is to be read.
-        wanted = {n for n in store.layers if store.slots(n) < store.file.num_experts(n)}
-        self._sources = {n: t for n in bundle if wanted & set(t := bundle.targets(n))}
-        self._previous = {n for n in self._sources if bundle[n].config.previous_experts}
-        if self._sources:
-            self._tokens, self._layers = bundle.token_experts, bundle.moe_layers
-            self._num_experts = max(p.config.num_experts for p in bundle.values())
+        tokens: TokenExperts | None = None
+        if bundle is not None:
+            # Of layers that are resident as a whole nothing is to be read.
+            wanted = {n for n in store.layers if store.slots(n) < store.file.num_experts(n)}
+            self._sources = {n: t for n in bundle if wanted & set(t := bundle.targets(n))}
+        if bundle is not None and self._sources:
+            tokens, self._layers = bundle.token_experts, bundle.moe_layers
             k = min(WIDTH, min(p.config.num_experts for p in bundle.values()))
             self._runner = ShadowRunner(
                 bundle, format, threads, k=k, queue=queue, on_prediction=self._native
             )
             self._sequences = Sequences(self._runner)
+            if self._context is None:
+                takes = {n for n in self._sources if bundle[n].config.previous_experts}
+                self._previous = {n: self._sources[n] for n in takes}
+        self.knows_tokens = tokens is not None
+        self.observer = PassObserver(
+            store.native,
+            queue,
+            self._native,
+            self._runner,
+            list(self._sources) if self._context is None else self._layers,
+            self._previous,
+            self._layers[: tokens.layers] if tokens else [],
+            tokens and tokens.tokens,
+            tokens and tokens.experts,
+            tokens and tokens.probabilities,
+        )
 
     @property
     def predicts(self) -> bool:
         """Whether there is anything to predict."""
         return self._runner is not None
 
-    @property
-    def knows_tokens(self) -> bool:
-        """Whether `begin` predicts anything."""
-        return self._tokens is not None
-
-    def begin(self, token_ids: NDArray[np.int64], step: int) -> None:
+    def begin(self, token_ids: NDArray[np.int32], step: int) -> None:
         """A pass begins, with one token of each sequence: what will the first layers choose?"""
-        assert self._tokens is not None
-        likely = self._tokens.predict(token_ids, self._num_experts)
-        several = len(likely) > 1
-        for i, of_layer in enumerate(likely.sum(axis=0)):
-            best = np.argsort(-of_layer)[:WIDTH]
-            scores = of_layer[best] if several else _logit(of_layer[best])
-            target = self._layers[i]
-            made = Prediction(
-                step, -1, target, i + 1, best.tolist(), scores.tolist(), batch=several
-            )
-            self._queue.try_push(made)
-        self._native.drain()
+        self.observer.begin(token_ids, step)
+
+    def follow(self, step: int, place: Place) -> int:
+        """The sequence of a pass of one token, whose layers the observer will be told of."""
+        with self._lock:
+            return 0 if self._context is None else self._enter(step, place, 1, several=False)
 
     def observe(
         self,
@@ -112,24 +121,28 @@ class ShadowPrefetcher:
         self.count(layer, ids, step)
         if self._runner is None:
             return
-        rows = hidden.shape[:-1]
         with self._lock:
-            if self._context is not None and self._sources:
-                if predict:
-                    hidden = self._for_context(hidden, step, place)
-                    self._predict(self._runner, layer, hidden, step)
-                else:
-                    self._gap = True  # what comes after it must not be taken for what follows
-            elif predict and layer in self._sources and _is_decoding(rows):
+            self._settle()
+            if not predict:
+                self._miss()
+            elif self._context is not None:
+                hidden = self._for_context(hidden, step, place)
                 self._predict(self._runner, layer, hidden, step)
-            self._last[layer] = ids.reshape(*rows, ids.shape[-1])[..., -1:, :]
+            elif layer in self._sources and _is_decoding(hidden.shape[:-1]):
+                self._predict(self._runner, layer, hidden, step)
+            if self._previous:
+                last = ids.reshape(-1, *ids.shape[-2:])[:, -1]
+                self.observer.remember(layer, np.ascontiguousarray(last))
 
     def skip(self) -> None:
         """What a layer computes now is not observed."""
         if self._runner is not None:
             with self._lock:
-                self._gap = True
-                self._last.clear()
+                self._miss()
+
+    def _miss(self) -> None:
+        self._gap = True  # what comes after it must not be taken for what follows
+        self.observer.miss()
 
     def count(self, layer: int, ids: NDArray[np.int32], step: int) -> None:
         """The same where nothing is predicted of it."""
@@ -144,42 +157,51 @@ class ShadowPrefetcher:
         assert self._context is not None
         tokens = hidden.shape[-2] if hidden.ndim > 2 else 1
         several = hidden.size != tokens * hidden.shape[-1]
-        if self._gap:
-            self._sequences.forget()
-        if several:
-            self._sequences.enter(Place(), 2)
-            self._sequence = 0
-        elif step != self._step or self._gap:
-            self._sequence = self._sequences.enter(place, tokens)
-        self._gap, self._step = False, step
+        self._enter(step, place, tokens, several)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return hidden if several else hidden[-self._context.rows :]
+
+    def _enter(self, step: int, place: Place, tokens: int, several: bool) -> int:
+        """A layer of the pass of that step: its sequence, whose context fits it."""
+        if step == self._step and not self._gap:
+            return self._sequence
+        place, tokens = (Place(), 2) if several else (place, tokens)
+        if self._gap or not self._sequences.follows(place, tokens):
+            self._settle()
+        if self.observer.take_missed() or self._gap:
+            self._sequences.forget()
+        self._sequence = self._sequences.enter(place, tokens)
+        self._gap, self._step = False, step
+        return self._sequence
 
     def _predict(self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int) -> None:
         try:
             previous = self._previous_experts(layer, hidden)
             runner.predict_async(hidden, layer, step, previous, sequence=self._sequence)
-        except (RuntimeError, ValueError):
-            # The model computes on without predictions; its text is the same.
-            log.exception("prediction is switched off: layer %d", layer)
-            self._sources = {}
+        except (RuntimeError, ValueError) as error:
+            self._stop(f"layer {layer}: {error}")
+
+    def _stop(self, error: str) -> None:
+        # The model computes on without predictions; its text is the same.
+        log.error("prediction is switched off: %s", error)
+        self._sources = {}
 
     def _previous_experts(self, layer: int, hidden: mx.array) -> NDArray[np.int32] | None:
         """Of the token before at the layers ahead [..., lookahead, top_k]; None: not known."""
-        if layer not in self._previous or self._context is not None:
+        if layer not in self._previous:
             return None
-        known = [self._last.get(target) for target in self._sources[layer]]
         shape = hidden.shape[:-1]
-        if any(ids is None or ids.shape[:-1] != shape for ids in known):
-            return None
-        return np.stack(known, axis=-2)  # type: ignore[arg-type]
+        known = np.array(self.observer.previous(layer, int(np.prod(shape))), np.int32)
+        return known.reshape(*shape, len(self._previous[layer]), -1) if known.size else None
 
     def uses(self, layer: int) -> list[int]:
         """For each expert of the layer, the passes that chose it."""
         return list(self._native.uses(layer))
 
     def log_changes(self) -> None:
-        """Say which predictions have been switched on or off."""
+        """Say which predictions have been switched on or off, and why none are made any more."""
+        if error := self.observer.take_error():
+            self._stop(error)
         for layer, distance, on, share in self._native.take_changes():
             log.info(
                 "predictions of layer %d from %d before are switched %s: %.0f%% of the experts "
@@ -223,11 +245,6 @@ class ShadowPrefetcher:
         """End the runner's thread. Twice is once."""
         if self._runner is not None:
             self._runner.close()
-
-
-def _logit(probability: NDArray[np.float32]) -> NDArray[np.float32]:
-    p = np.clip(probability, 1e-3, 1 - 1e-3)
-    return np.log(p / (1 - p))
 
 
 def _is_decoding(rows: tuple[int, ...]) -> bool:

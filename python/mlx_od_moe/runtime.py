@@ -25,7 +25,7 @@ from .progress import progress_bar
 from .run_counts import RunCounts
 from .sequences import Place
 from .sole_user import SoleUser
-from .switch import Later, StoredExperts
+from .switch import Later, Sight, StoredExperts
 from .usage import save_usage
 
 
@@ -41,14 +41,15 @@ class Thread(threading.local):
     """Where a thread's forward pass is."""
 
     in_pass = False
+    announced = False  # whether MLX tells of the pass's tokens itself
     tokens: mx.array | None = None  # that are decoded, one of each sequence
     place = Place()
     hidden: mx.array | None = None
     waiting: tuple[Routed, Later] | None = None
 
     def __init__(self, uncounted: int) -> None:
-        # Choices that were not waited for: (i, step, ids). Its own only, since others can't tell
-        # whether they are computed; of the last passes, since some never will be.
+        # What layers in memory as a whole chose, to count: (i, step, ids). Its own only, since others
+        # can't tell whether it is computed; of the last passes, since some never will be.
         self.uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=uncounted)
 
     def take_hidden(self) -> mx.array:
@@ -81,13 +82,13 @@ class Runtime:
         self.store = store
         self.layers = layers
         self.on_routing: Callable[[int, mx.array, np.ndarray[Any, Any]], object] | None = None
-        self._prefetcher = ShadowPrefetcher(store, bundle)
+        self._sole_user = SoleUser()
+        self._prefetcher = ShadowPrefetcher(store, bundle, self._sole_user.leases.settle)
         self._guard = Guard() if guarded and self._prefetcher.predicts else None
         self._counts = RunCounts(store)
         self._thread = Thread(8 * len(layers))
-        self._sole_user = SoleUser()
         self._step = 0
-        self._reached = -1
+        self._reached = len(layers)
         self._hooks = ExitStack()
         self._experts = [StoredExperts(layer, store) for layer in layers]
         for i in range(len(layers)):
@@ -105,12 +106,14 @@ class Runtime:
             routed = Routed(i, self._thread.take_hidden(), indices)
             self._finish()
             self._reach(routed)
-            if experts.kept and self._nobody_listens():
-                return self._unwaited(call, x, routed)
+            if experts.kept and self.on_routing is None and not self._predicts():
+                self._prefetcher.skip()
+                self._thread.uncounted.append((i, self._step, indices))
+                return experts.unwaited(call, x, indices)
             self._sole_user.enter()
             with self._sole_user.building() as alone:
-                if alone and self._nobody_listens() and experts.can_be_leased(indices.size):
-                    return self._unwaited(call, x, routed)
+                if alone and self._needs_no_wait(routed):
+                    return experts.leased(call, x, indices, self._sole_user.leases, self._sight(routed))
             if i == 0:
                 self._predict_by_token()
             if self._thread.in_pass and experts.certainly_fit(indices.size):
@@ -125,12 +128,20 @@ class Runtime:
         self._hooks.enter_context(hooked(layer.block, block))
         self._hooks.enter_context(hooked(layer.experts, switch))
 
-    def _unwaited(self, call: Callable[..., Any], x: mx.array, routed: Routed) -> mx.array:
-        """A layer's experts, whose choice only the counters learn, later."""
-        i, _, indices = routed
-        self._prefetcher.skip()
-        self._thread.uncounted.append((i, self._step, indices))
-        return self._experts[i].unwaited(call, x, indices, self._sole_user.leases)
+    def _needs_no_wait(self, routed: Routed) -> bool:
+        """Whether MLX can be left to acquire what a layer's router chooses, and to tell of it."""
+        i, hidden, indices = routed
+        if self.on_routing is not None or not self._experts[i].can_be_leased(indices.size):
+            return False
+        return not self._predicts() or hidden.size == hidden.shape[-1]
+
+    def _sight(self, routed: Routed) -> Sight:
+        """What MLX tells of a layer."""
+        if not self._predicts():
+            self._prefetcher.skip()
+            return Sight(self._prefetcher.observer, self._step)
+        sequence = self._prefetcher.follow(self._step, self._thread.place)
+        return Sight(self._prefetcher.observer, self._step, routed.hidden, sequence)
 
     def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward pass of the whole model.
@@ -141,12 +152,28 @@ class Runtime:
         outer, self._thread.in_pass = self._thread.in_pass, True
         self._thread.tokens, self._thread.place = _decoded(args), _place(*args, **kwargs)
         try:
+            if not outer:
+                args = self._announced(args)
             output = call(*args, **kwargs)
             self._finish()
             return output
         finally:
             self._thread.in_pass, self._thread.waiting = outer, None
             self._thread.tokens, self._thread.place = None, Place()
+            self._thread.announced = False
+
+    def _announced(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A pass's arguments: with predictions, MLX tells of its token as soon as it has it."""
+        tokens = self._thread.tokens
+        if tokens is None or tokens.size > 1 or self.on_routing is not None or not self._predicts():
+            return args
+        self._sole_user.enter()
+        with self._sole_user.building() as alone:
+            if not alone or mx.default_device() != mx.cpu:
+                return args
+            self._thread.announced = True
+            observer, leases = self._prefetcher.observer, self._sole_user.leases
+            return observer.begin_in_graph(tokens, self._step + 1, leases), *args[1:]
 
     def _finish(self) -> None:
         """Get this thread's last layer its experts, if it waits for them."""
@@ -181,29 +208,24 @@ class Runtime:
         This waits for the token, which the pass before may still be computing.
         """
         tokens = self._thread.tokens
-        if tokens is None or not self._prefetcher.knows_tokens:
+        if tokens is None or self._thread.announced or not self._prefetcher.knows_tokens:
             return
         if self._predicts():
             mx.eval(tokens)
-            self._prefetcher.begin(np.array(tokens, np.int64).ravel(), self._step)
+            self._prefetcher.begin(np.array(tokens, np.int32).ravel(), self._step)
 
     def _predicts(self) -> bool:
         """Whether predictions are made in this step."""
         return self._prefetcher.predicts and (self._guard is None or self._guard.predicts())
 
-    def _nobody_listens(self) -> bool:
-        """Whether what a router chooses may become known later."""
-        return self.on_routing is None and not self._predicts()
-
     def _count(self) -> None:
-        """Of this thread's layers that did not wait for their router: what is computed by now."""
+        """Of this thread's layers in memory as a whole: what is computed by now."""
         uncounted = self._thread.uncounted
         while uncounted and is_computed(uncounted[0][2]):
             i, step, indices = uncounted.popleft()
             ids, layer = np.ascontiguousarray(indices, np.int32), self.layers[i].index
             self._prefetcher.count(layer, ids, step)
-            if self._experts[i].kept:
-                self.store.acquire(layer, ids).release()
+            self.store.acquire(layer, ids).release()
 
     def _reach(self, routed: Routed) -> None:
         """A layer's graph is built: perhaps the first of a forward pass."""
@@ -216,7 +238,8 @@ class Runtime:
         self._count()
         self._sole_user.leases.renew()
         self._step += 1
-        self.store.cancel(self._step)
+        if not self._thread.announced:
+            self.store.cancel(self._step)
         seconds = self._counts.step(tokens, prompt=len(shape) > 2 and shape[-2] > 1)
         if self._guard is not None and seconds is not None:
             self._guard.took(seconds)

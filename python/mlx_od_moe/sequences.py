@@ -24,6 +24,12 @@ class Sequences:
         self._runner = runner
         self._known: dict[int, tuple[int, int]] = {}  # by cache, in order of use: sequence, length
 
+    def follows(self, place: Place, tokens: int) -> bool:
+        """Whether `enter` would change no context."""
+        if not place.cache:
+            return tokens == 1
+        return self._known.get(place.cache, (0, -1))[1] == place.offset
+
     def enter(self, place: Place, tokens: int) -> int:
         """A pass of so many tokens begins: its sequence, whose context fits it from now on.
 

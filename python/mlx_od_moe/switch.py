@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from ._ext import ExpertLoan, GraphLeases, LeaseChain, is_computed
+from ._ext import ExpertLoan, GraphLeases, LeaseChain, PassObserver, is_computed
 from .expert_store import ExpertLease, ExpertStore
 from .moe import MoELayer
 
@@ -32,6 +32,15 @@ class Uncomputed(NamedTuple):
     thread: int
     output: mx.array
     experts: frozenset[int]
+
+
+class Sight(NamedTuple):
+    """What an observer is told of a layer: without `hidden` only what was chosen."""
+
+    observer: PassObserver
+    step: int
+    hidden: mx.array | None = None  # of one token
+    sequence: int = 0
 
 
 class Later(NamedTuple):
@@ -107,20 +116,23 @@ class StoredExperts:
         return self._slot_of is not None
 
     def can_be_leased(self, pairs: int) -> bool:
-        """Whether `unwaited` can compute so many token-expert pairs where they are not kept."""
+        """Whether `leased` can compute so many token-expert pairs."""
         return mx.default_device() == mx.cpu and self.certainly_fit(pairs)
 
-    def unwaited(
-        self, compute: Compute, x: mx.array, indices: mx.array, chain: LeaseChain
-    ) -> mx.array:
-        """The same, lazy, for `indices` that nobody knows yet: MLX acquires the experts itself.
+    def unwaited(self, compute: Compute, x: mx.array, indices: mx.array) -> mx.array:
+        """The same, lazy, for `indices` that nobody knows yet, where all experts are kept."""
+        assert self._slot_of is not None
+        return compute(x, self._slot_of[indices])
 
-        `chain`: of the only thread that computes.
+    def leased(
+        self, compute: Compute, x: mx.array, indices: mx.array, chain: LeaseChain, sight: Sight
+    ) -> mx.array:
+        """The same, lazy, for any `indices` that can be: MLX acquires the experts itself.
+
+        `chain`: of the only thread that computes. `sight`: what is observed then.
         """
-        if self._slot_of is not None:
-            return compute(x, self._slot_of[indices])
         self._make_room(self._any)
-        lease = self._leases.begin(indices, chain)
+        lease = self._leases.begin(indices, chain, *sight)
         with self._lock:
             output = compute(x, lease.slots)
         return lease.end(output, chain)
