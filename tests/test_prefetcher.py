@@ -20,7 +20,9 @@ from mlx_od_moe.model_routers import read_routers
 from test_offload import assert_no_lease, assert_same_logits, tokens
 
 
-def make_bundle(layers=range(8), hidden_size=192, num_experts=64, lookahead=4, terms="mlp"):
+def make_bundle(
+    layers=range(8), hidden_size=192, num_experts=64, lookahead=4, terms="mlp", previous=False
+):
     """Predictors that nobody trained."""
     layers = list(layers)
     predictors = {}
@@ -28,7 +30,13 @@ def make_bundle(layers=range(8), hidden_size=192, num_experts=64, lookahead=4, t
     for i, layer in enumerate(layers[:-1]):
         ahead = min(lookahead, len(layers) - 1 - i)
         config = PredictorConfig(
-            hidden_size, 64, num_experts, ahead, top_k=8, terms=(terms,) * ahead
+            hidden_size,
+            64,
+            num_experts,
+            ahead,
+            top_k=8,
+            terms=(terms,) * ahead,
+            previous_experts=previous,
         )
         predictors[layer] = ExpertPredictor(config)
     return PredictorBundle(layers, predictors)
