@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._ext import PassObserver, PredictionQueue, Prefetcher
+from .cache_rows import Place
 from .expert_store import ExpertStore
 from .predictor_bundle import PredictorBundle
-from .sequences import Place, Sequences
+from .sequences import MOST_KEPT, Sequences
 from .shadow_runner import ShadowRunner
 from .token_experts import WIDTH, TokenExperts
 
@@ -60,7 +61,7 @@ class ShadowPrefetcher:
         self._lock = Lock()
         self._context = None if bundle is None else bundle.context
         # Whether the context missed tokens; the step that it saw last, and whose that was.
-        self._gap, self._step, self._sequence = False, -1, 0
+        self._gap, self._step, self._sequences_now = False, -1, [0]
         tokens: TokenExperts | None = None
         if bundle is not None:
             # Of layers that are resident as a whole nothing is to be read.
@@ -99,10 +100,16 @@ class ShadowPrefetcher:
         """A pass begins, with one token of each sequence: what will the first layers choose?"""
         self.observer.begin(token_ids, step)
 
+    def place(self, tokens: Any, cache: Any) -> Place:
+        """Where a pass with these token ids [sequences, tokens] and prompt cache begins."""
+        if self._context is None or not isinstance(tokens, mx.array) or tokens.ndim != 2:
+            return Place()
+        return Place.of(tokens.shape[0], cache)
+
     def follow(self, step: int, place: Place) -> int:
         """The sequence of a pass of one token, whose layers the observer will be told of."""
         with self._lock:
-            return 0 if self._context is None else self._enter(step, place, 1, several=False)
+            return 0 if self._context is None else self._enter(step, place, 1)[0]
 
     def observe(
         self,
@@ -125,11 +132,8 @@ class ShadowPrefetcher:
             self._settle()
             if not predict:
                 self._miss()
-            elif self._context is not None:
-                hidden = self._for_context(hidden, step, place)
-                self._predict(self._runner, layer, hidden, step)
-            elif layer in self._sources and _is_decoding(hidden.shape[:-1]):
-                self._predict(self._runner, layer, hidden, step)
+            elif self._sources:
+                self._predict(layer, hidden, step, place)
             if self._previous:
                 last = ids.reshape(-1, *ids.shape[-2:])[:, -1]
                 self.observer.remember(layer, np.ascontiguousarray(last))
@@ -148,38 +152,52 @@ class ShadowPrefetcher:
         """The same where nothing is predicted of it."""
         self._native.reached(layer, ids, step)
 
-    def _for_context(self, hidden: mx.array, step: int, place: Place) -> mx.array:
-        """What the runner is to see, [tokens, hidden_size], of the pass's sequence.
+    def _predict(self, layer: int, hidden: mx.array, step: int, place: Place) -> None:
+        assert self._runner is not None
+        try:
+            if self._context is not None:
+                self._predict_in_context(self._runner, layer, hidden, step, place)
+            elif layer in self._sources and _is_decoding(hidden.shape[:-1]):
+                previous = self._previous_experts(layer, hidden)
+                self._runner.predict_async(hidden, layer, step, previous)
+        except (RuntimeError, ValueError) as error:
+            self._stop(f"layer {layer}: {error}")
 
-        Of a prompt as many of its last tokens as a context reads. Of a batch none is remembered:
-        its tokens are predicted for as if they were the first.
+    def _predict_in_context(
+        self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int, place: Place
+    ) -> None:
+        """Of a prompt the runner sees as many of its last tokens as a context reads.
+
+        Of a batch whose sequences are not known none is remembered: its tokens are predicted for as
+        if they were the first.
         """
         assert self._context is not None
-        tokens = hidden.shape[-2] if hidden.ndim > 2 else 1
-        several = hidden.size != tokens * hidden.shape[-1]
-        self._enter(step, place, tokens, several)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return hidden if several else hidden[-self._context.rows :]
+        rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden[None]
+        batch, tokens, most = *rows.shape[:2], self._context.rows
+        if batch > 1 and not 0 < len(place.rows) <= MOST_KEPT:
+            self._enter(step, Place(), 2)
+            runner.predict_async(rows.reshape(-1, rows.shape[-1]), layer, step)
+            return
+        sequences = self._enter(step, place, tokens)
+        if batch > 1 and tokens == 1:
+            runner.predict_async(rows[:, 0], layer, step, sequence=sequences)
+            return
+        padding = [max(-offset, 0) for offset in place.offsets or (0,)]
+        for row, sequence, padded in zip(rows, sequences, padding, strict=True):
+            if padded < tokens:
+                runner.predict_async(row[padded:][-most:], layer, step, sequence=sequence)
 
-    def _enter(self, step: int, place: Place, tokens: int, several: bool) -> int:
-        """A layer of the pass of that step: its sequence, whose context fits it."""
+    def _enter(self, step: int, place: Place, tokens: int) -> list[int]:
+        """A layer of the pass of that step: its sequences, whose contexts fit it."""
         if step == self._step and not self._gap:
-            return self._sequence
-        place, tokens = (Place(), 2) if several else (place, tokens)
+            return self._sequences_now
         if self._gap or not self._sequences.follows(place, tokens):
             self._settle()
         if self.observer.take_missed() or self._gap:
             self._sequences.forget()
-        self._sequence = self._sequences.enter(place, tokens)
+        self._sequences_now = self._sequences.enter(place, tokens)
         self._gap, self._step = False, step
-        return self._sequence
-
-    def _predict(self, runner: ShadowRunner, layer: int, hidden: mx.array, step: int) -> None:
-        try:
-            previous = self._previous_experts(layer, hidden)
-            runner.predict_async(hidden, layer, step, previous, sequence=self._sequence)
-        except (RuntimeError, ValueError) as error:
-            self._stop(f"layer {layer}: {error}")
+        return self._sequences_now
 
     def _stop(self, error: str) -> None:
         # The model computes on without predictions; its text is the same.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,47 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._ext import is_computed
+from .cache_rows import Place
 from .expert_store import ExpertStore
+from .forward_pass import ForwardPass, Routed, decoded_tokens
 from .guard import Guard
 from .moe import MoELayer, hooked
 from .predictor_bundle import PredictorBundle
 from .prefetcher import ShadowPrefetcher
 from .progress import progress_bar
 from .run_counts import RunCounts
-from .sequences import Place
 from .sole_user import SoleUser
-from .switch import Later, Sight, StoredExperts
+from .switch import Sight, StoredExperts
 from .usage import save_usage
-
-
-class Routed(NamedTuple):
-    """A MoE layer's input and the router's choice, not computed yet; layers[i] is meant."""
-
-    i: int
-    hidden: mx.array
-    indices: mx.array
-
-
-class Thread(threading.local):
-    """Where a thread's forward pass is."""
-
-    in_pass = False
-    announced = False  # whether MLX tells of the pass's tokens itself
-    tokens: mx.array | None = None  # that are decoded, one of each sequence
-    place = Place()
-    hidden: mx.array | None = None
-    waiting: tuple[Routed, Later] | None = None
-
-    def __init__(self, uncounted: int) -> None:
-        # What layers in memory as a whole chose, to count: (i, step, ids). Its own only, since others
-        # can't tell whether it is computed; of the last passes, since some never will be.
-        self.uncounted: deque[tuple[int, int, mx.array]] = deque(maxlen=uncounted)
-
-    def take_hidden(self) -> mx.array:
-        """The input of the block that is computed now."""
-        assert self.hidden is not None
-        hidden, self.hidden = self.hidden, None
-        return hidden
 
 
 class Runtime:
@@ -86,7 +55,7 @@ class Runtime:
         self._prefetcher = ShadowPrefetcher(store, bundle, self._sole_user.leases.settle)
         self._guard = Guard() if guarded and self._prefetcher.predicts else None
         self._counts = RunCounts(store)
-        self._thread = Thread(8 * len(layers))
+        self._pass = ForwardPass(8 * len(layers))
         self._step = 0
         self._reached = len(layers)
         self._hooks = ExitStack()
@@ -99,27 +68,29 @@ class Runtime:
         layer, experts = self.layers[i], self._experts[i]
 
         def block(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            self._thread.hidden = args[0] if args else next(iter(kwargs.values()))
+            self._pass.hidden = args[0] if args else next(iter(kwargs.values()))
             return call(*args, **kwargs)
 
         def switch(call: Callable[..., Any], x: mx.array, indices: mx.array) -> mx.array:
-            routed = Routed(i, self._thread.take_hidden(), indices)
+            routed = Routed(i, self._pass.take_hidden(), indices)
             self._finish()
             self._reach(routed)
             if experts.kept and self.on_routing is None and not self._predicts():
                 self._prefetcher.skip()
-                self._thread.uncounted.append((i, self._step, indices))
+                self._pass.uncounted.append((i, self._step, indices))
                 return experts.unwaited(call, x, indices)
             self._sole_user.enter()
             with self._sole_user.building() as alone:
                 if alone and self._needs_no_wait(routed):
-                    return experts.leased(call, x, indices, self._sole_user.leases, self._sight(routed))
+                    return experts.leased(
+                        call, x, indices, self._sole_user.leases, self._sight(routed)
+                    )
             if i == 0:
                 self._predict_by_token()
-            if self._thread.in_pass and experts.certainly_fit(indices.size):
+            if self._pass.in_pass and experts.certainly_fit(indices.size):
                 mx.async_eval(indices, routed.hidden)  # type: ignore[no-untyped-call]
                 later = experts.later(call, x, indices.shape)
-                self._thread.waiting = routed, later
+                self._pass.waiting = routed, later
                 return later.output
             output = experts(call, x, self._ids(routed))
             self._complete(i, output)
@@ -140,7 +111,7 @@ class Runtime:
         if not self._predicts():
             self._prefetcher.skip()
             return Sight(self._prefetcher.observer, self._step)
-        sequence = self._prefetcher.follow(self._step, self._thread.place)
+        sequence = self._prefetcher.follow(self._step, self._pass.place)
         return Sight(self._prefetcher.observer, self._step, routed.hidden, sequence)
 
     def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +120,8 @@ class Runtime:
         Each layer's experts are waited for only when the next layer's graph is built: so Python
         builds while MLX computes, and MLX waits for little more than the router's choice.
         """
-        outer, self._thread.in_pass = self._thread.in_pass, True
-        self._thread.tokens, self._thread.place = _decoded(args), _place(*args, **kwargs)
+        outer, self._pass.in_pass = self._pass.in_pass, True
+        self._pass.tokens, self._pass.place = decoded_tokens(args), self._place(*args, **kwargs)
         try:
             if not outer:
                 args = self._announced(args)
@@ -158,26 +129,30 @@ class Runtime:
             self._finish()
             return output
         finally:
-            self._thread.in_pass, self._thread.waiting = outer, None
-            self._thread.tokens, self._thread.place = None, Place()
-            self._thread.announced = False
+            self._pass.in_pass, self._pass.waiting = outer, None
+            self._pass.tokens, self._pass.place = None, Place()
+            self._pass.announced = False
 
     def _announced(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A pass's arguments: with predictions, MLX tells of its token as soon as it has it."""
-        tokens = self._thread.tokens
+        tokens = self._pass.tokens
         if tokens is None or tokens.size > 1 or self.on_routing is not None or not self._predicts():
             return args
         self._sole_user.enter()
         with self._sole_user.building() as alone:
             if not alone or mx.default_device() != mx.cpu:
                 return args
-            self._thread.announced = True
+            self._pass.announced = True
             observer, leases = self._prefetcher.observer, self._sole_user.leases
             return observer.begin_in_graph(tokens, self._step + 1, leases), *args[1:]
 
+    def _place(self, tokens: Any = None, cache: Any = None, *args: Any, **kwargs: Any) -> Place:
+        """Where a model called with these arguments begins."""
+        return self._prefetcher.place(tokens, cache)
+
     def _finish(self) -> None:
         """Get this thread's last layer its experts, if it waits for them."""
-        waiting, self._thread.waiting = self._thread.waiting, None
+        waiting, self._pass.waiting = self._pass.waiting, None
         if waiting is not None:
             routed, later = waiting
             self._experts[routed.i].begin(later, self._ids(routed))
@@ -197,7 +172,7 @@ class Runtime:
         ids = np.ascontiguousarray(indices, np.int32)
         layer = self.layers[i].index
         predict = self._predicts()
-        self._prefetcher.observe(layer, hidden, ids, self._step, predict, self._thread.place)
+        self._prefetcher.observe(layer, hidden, ids, self._step, predict, self._pass.place)
         if self.on_routing is not None:
             self.on_routing(layer, hidden, ids)
         return ids
@@ -207,8 +182,8 @@ class Runtime:
 
         This waits for the token, which the pass before may still be computing.
         """
-        tokens = self._thread.tokens
-        if tokens is None or self._thread.announced or not self._prefetcher.knows_tokens:
+        tokens = self._pass.tokens
+        if tokens is None or self._pass.announced or not self._prefetcher.knows_tokens:
             return
         if self._predicts():
             mx.eval(tokens)
@@ -220,7 +195,7 @@ class Runtime:
 
     def _count(self) -> None:
         """Of this thread's layers in memory as a whole: what is computed by now."""
-        uncounted = self._thread.uncounted
+        uncounted = self._pass.uncounted
         while uncounted and is_computed(uncounted[0][2]):
             i, step, indices = uncounted.popleft()
             ids, layer = np.ascontiguousarray(indices, np.int32), self.layers[i].index
@@ -238,7 +213,7 @@ class Runtime:
         self._count()
         self._sole_user.leases.renew()
         self._step += 1
-        if not self._thread.announced:
+        if not self._pass.announced:
             self.store.cancel(self._step)
         seconds = self._counts.step(tokens, prompt=len(shape) > 2 and shape[-2] > 1)
         if self._guard is not None and seconds is not None:
@@ -296,18 +271,3 @@ class Runtime:
     ) -> None:
         """Close it."""
         self.close()
-
-
-def _decoded(args: tuple[Any, ...]) -> mx.array | None:
-    """A model's first argument, if that is one token of each sequence."""
-    tokens = args[0] if args else None
-    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
-        return None
-    return tokens if tokens.ndim == 2 and tokens.shape[1] == 1 else None
-
-
-def _place(_: Any = None, cache: Any = None, *args: Any, **kwargs: Any) -> Place:
-    """Where a model called with these arguments begins, by its prompt cache."""
-    first = cache[0] if isinstance(cache, list) and cache else None
-    offset = getattr(first, "offset", None)
-    return Place(id(cache), offset) if isinstance(offset, int) else Place()
