@@ -75,7 +75,7 @@ def test_more_sequences_than_contexts_are_predicted_for_without(opened):
 
 
 def test_sequences_that_come_and_go_keep_their_contexts(opened, monkeypatch):
-    """A batch generator's: prompts of several lengths, one after the other, ends at several times."""
+    """A batch generator's: prompts one after the other, which end at several times."""
     model, runtime = opened()
     runner = runtime._prefetcher._runner
     reset, resets = runner.reset, []

@@ -109,8 +109,8 @@ def _filter(args: tuple[Any, ...], before: list[list[Row]], _: Any) -> None:
 def _extend(args: tuple[Any, ...], before: list[list[Row]], _: Any) -> None:
     if all(before):
         setattr(args[0], _ROWS, before[0] + before[1])
-    elif any(before):
-        delattr(args[0], _ROWS)
+    else:
+        vars(args[0]).pop(_ROWS, None)
 
 
 def _extract(args: tuple[Any, ...], before: list[list[Row]], result: Any) -> None:
