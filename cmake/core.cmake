@@ -5,6 +5,7 @@ find_package(Threads REQUIRED)
 add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/arena.cpp
   cpp/mlx_od_moe/context_memory.cpp
+  cpp/mlx_od_moe/calibration.cpp
   cpp/mlx_od_moe/crc32c.cpp
   cpp/mlx_od_moe/eviction.cpp
   cpp/mlx_od_moe/expert_checkpoint.cpp

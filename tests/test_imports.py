@@ -17,6 +17,7 @@ BUILT = {"_ext", "_build"}
 # What the modules that everything rests on may import of ours, and nothing else.
 FOUNDATION = {
     "_blas": set(),
+    "calibration": set(),
     "confidence": set(),
     "metrics": {"confidence"},
     "token_table": set(),
@@ -84,6 +85,7 @@ FOUNDATION = {
     "predictor_config": {"context"},
     "native_predictor": {"_ext", "predictor_file"},
     "shadow_model": {
+        "calibration",
         "context",
         "native_predictor",
         "predictor_config",
@@ -92,6 +94,7 @@ FOUNDATION = {
         "router",
     },
     "predictor_bundle": {
+        "calibration",
         "context",
         "native_predictor",
         "predictor_config",
@@ -134,6 +137,7 @@ FOUNDATION = {
 FRONT = {
     "assumed_routing",
     "baselines",
+    "calibrate_command",
     "cli",
     "demo",
     "evaluate",

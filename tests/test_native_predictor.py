@@ -51,12 +51,6 @@ def relative_error(a, b):
     return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
 
 
-@pytest.fixture(params=available_kernels())
-def kernel(request, monkeypatch):
-    monkeypatch.setenv("MLX_OD_MOE_KERNEL", request.param)
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def predictor():
     return make_predictor(hidden_size=128, predictor_size=64, num_experts=40, lookahead=3)

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "mlx_od_moe/calibration.h"
 #include "mlx_od_moe/context_memory.h"
 #include "mlx_od_moe/packed_matrix.h"
 #include "mlx_od_moe/predictor.h"
@@ -62,6 +63,7 @@ struct PackedPredictor {
   std::vector<const float*> gate_input_scale;  // per distance [hidden_size]; null where all ones
   std::vector<PackedRouter> routers;           // per distance; unused ones are empty
   PackedContext context;
+  Calibration calibration;
 
   bool uses_mlp(int d) const { return config.terms[static_cast<size_t>(d)] != Term::gate; }
   bool uses_gate(int d) const { return config.terms[static_cast<size_t>(d)] != Term::mlp; }
@@ -73,7 +75,7 @@ class Forward : public SharedWork {
   // This thread's, not in use by helpers any more.
   static Forward& of_this_thread();
 
-  // Logits of `tokens` <= kMaxTokens tokens from `first` on into out [tokens, lookahead, num_experts].
+  // Logits, not calibrated, of `tokens` <= kMaxTokens tokens from `first` on into out [tokens, lookahead, num_experts].
   // Throws std::invalid_argument where a hidden state is not finite.
   void run(const PackedPredictor& predictor, Workers* workers, const Query& query, int first, int tokens, float* out);
 

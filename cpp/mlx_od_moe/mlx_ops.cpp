@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "mlx_od_moe/calibration.h"
+
 namespace mlx_od_moe {
 namespace {
 
@@ -257,7 +259,7 @@ mx::array PredictorOp::logits_from_ops(const mx::array& hidden, const OptionalAr
   check_shapes(c, hidden, previous, context);
   const mx::array x = mx::astype(hidden, mx::float32, s);
   const OptionalArray all = c.has_mlp() ? OptionalArray(mlp(x, previous, context, s)) : std::nullopt;
-  if (!c.has_gate()) return *all;
+  if (!c.has_gate()) return calibrated(*all, s);
   std::vector<mx::array> distances;
   for (int d = 0; d < c.lookahead; ++d) {
     const Term term = c.terms[static_cast<size_t>(d)];
@@ -268,7 +270,23 @@ mx::array PredictorOp::logits_from_ops(const mx::array& hidden, const OptionalAr
     }
     distances.push_back(parts.size() == 1 ? parts[0] : mx::add(parts[0], parts[1], s));
   }
-  return mx::stack(distances, -2, s);
+  return calibrated(mx::stack(distances, -2, s), s);
+}
+
+mx::array PredictorOp::calibrated(const mx::array& logits, mx::StreamOrDevice s) const {
+  const auto calibration = arrays_.find("predictor.calibration");
+  if (calibration == arrays_.end()) return logits;
+  const auto [first, end] = boundary_ranks(native_.config());
+  mx::Shape from(logits.ndim(), 0);
+  mx::Shape to = logits.shape();
+  from.back() = first;
+  to.back() = end;
+  const mx::array ranked = mx::negative(mx::sort(mx::negative(logits, s), -1, s), s);
+  mx::array boundary = mx::mean(mx::slice(ranked, from, to, s), -1, true, s);
+  boundary = mx::where(mx::isfinite(boundary, s), boundary, mx::array(0.0f), s);
+  const mx::array numbers = mx::astype(calibration->second, mx::float32, s);
+  const auto column = [&](int i) { return mx::expand_dims(mx::take(numbers, i, 1, s), -1, s); };
+  return mx::add(mx::multiply(column(0), mx::subtract(logits, boundary, s), s), column(1), s);
 }
 
 }  // namespace mlx_od_moe

@@ -62,6 +62,7 @@ class MLX_OD_MOE_API PredictorOp {
   mlx::core::array mlp(const mlx::core::array& x, const std::optional<mlx::core::array>& previous,
                        const std::optional<mlx::core::array>& context, mlx::core::StreamOrDevice s) const;
   mlx::core::array scores(const mlx::core::array& x, int distance, mlx::core::StreamOrDevice s) const;
+  mlx::core::array calibrated(const mlx::core::array& logits, mlx::core::StreamOrDevice s) const;
 
   Arrays arrays_;
   std::vector<RouterOptions> routers_;

@@ -98,6 +98,7 @@ class Packer {
     packed.config = w.config;
     if (packed.config.terms.empty()) packed.config.terms.assign(size(w.config.lookahead), Term::mlp);
     packed.packing = packing_;
+    packed.calibration = Calibration(w.calibration, w.config);
     if (w.config.has_mlp()) pack_mlp(w, packed);
     if (w.config.has_gate()) pack_gate(w, packed);
     if (!w.context.memories.empty()) pack_context(w, packed.context);
@@ -286,13 +287,21 @@ void check_query(const Query& query, const PredictorConfig& config) {
 void Predictor::logits(const Query& query, float* out) const {
   const PredictorConfig& c = config();
   check_query(query, c);
+  const PackedPredictor& packed = layer_->packed;
   const size_t row = size(c.lookahead) * size(c.num_experts);
   for (int first = 0; first < query.tokens; first += kMaxTokens) {
     const int tokens = std::min(kMaxTokens, query.tokens - first);
-    Forward::of_this_thread().run(layer_->packed, layer_->workers, query, first, tokens, out + size(first) * row);
+    Forward& forward = Forward::of_this_thread();
+    forward.run(packed, layer_->workers, query, first, tokens, out);
+    if (packed.calibration) {
+      int32_t* ids = forward.candidates(2 * size(c.num_experts));
+      for (size_t t = 0; t < size(tokens); ++t) packed.calibration.apply(*packed.packing.kernels, out + t * row, ids);
+    }
+    out += size(tokens) * row;
   }
 }
 
+// Without the calibration, which changes no ranking.
 void Predictor::predict(const Query& query, int k, int32_t* ids) const {
   const PredictorConfig& c = config();
   check_query(query, c);

@@ -3,7 +3,8 @@
 // Per distance d = 1 ... lookahead, as Python's ExpertPredictor defines it:
 //   logits[d] = heads[d](act(norm(trunk(p(x)) + previous(e) + context))) + gate_scale[d] * router[d](x * s[d])
 // with each part present where the configuration asks for it; p is the projection to the trunk's rank; context is what
-// a SequenceContext gives for earlier tokens, or the caller's own vector. Then the k best ids of each distance, best
+// a SequenceContext gives for earlier tokens, or the caller's own vector. `logits` are calibrated where the predictor
+// has a calibration (calibration.h), which changes no ranking. Then the k best ids of each distance, best
 // first; of equal scores the lower id first.
 //
 // Threads    Immutable once made: any number of threads may call `logits` and `predict` at once. A call

@@ -10,8 +10,8 @@
 namespace mlx_od_moe {
 namespace {
 
-// Logits are trained so that their sigmoid is a probability. Of several tokens a record says how many want
-// the expert, each of which is about as likely to be right as not.
+// Logits are trained or calibrated so that their sigmoid is a probability. Of several tokens a record says
+// how many want the expert, each of which is about as likely to be right as not.
 float probability(const PredictionRecord& record, size_t i) {
   const float score = record.scores[i];
   return record.batch ? 1.0F - std::exp2(-score) : 1.0F / (1.0F + std::exp(-score));

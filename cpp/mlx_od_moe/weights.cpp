@@ -69,6 +69,7 @@ PredictorWeights find_predictor(const Tensors& tensors, const std::string& prefi
   weights.previous = find_linear(tensors, prefix + "previous", quantization);
   weights.gate_scale = find(tensors, prefix + "gate_scale");
   weights.gate_input_scale = find(tensors, prefix + "gate_input_scale");
+  weights.calibration = find(tensors, prefix + "calibration");
   weights.context.query = find_linear(tensors, prefix + "context.query", quantization);
   weights.context.attended = find_linear(tensors, prefix + "context.attended", quantization);
   weights.context.previous_state = find_linear(tensors, prefix + "context.previous_state", quantization);

@@ -118,6 +118,7 @@ struct PredictorWeights {
   Linear previous;
   Tensor gate_scale;
   Tensor gate_input_scale;
+  Tensor calibration;                  // optional, [lookahead, 2]: see calibration.h
   std::vector<const Router*> routers;  // per distance, or none; may be shared between predictors
   ContextWeights context;
 };

@@ -54,13 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cmake-dir", action="store_true", help="print where the CMake package lies, for C++"
     )
-    from . import generate_command, serve_command, simulate_command
+    from . import calibrate_command, generate_command, serve_command, simulate_command
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, add, run, text in (
         ("collect", _collect_flags, _collect, "record a model's hidden states and expert choices"),
         ("train", _train_flags, _train, "train a shadow model on recorded traces"),
         ("evaluate", _evaluate_flags, _evaluate, "measure a shadow model against the baselines"),
+        (
+            "calibrate",
+            calibrate_command.add_flags,
+            calibrate_command.run,
+            "make the scores of a shadow model those of probabilities",
+        ),
         ("pack", _pack_flags, _pack, "rewrite a model with one contiguous block per expert"),
         (
             "simulate",

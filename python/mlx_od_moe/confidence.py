@@ -1,8 +1,9 @@
 """How far a predictor's probabilities can be believed, and what prefetching by them is worth.
 
-The sigmoid of a logit is taken for the probability that the expert is chosen, as the loss bce makes
-it. Prefetching all experts above a threshold reads more where the predictor is unsure and less
-where it is sure; beside a fixed number per token it is compared at the same number of reads.
+The sigmoid of a logit is taken for the probability that the expert is chosen, as the loss bce or a
+calibration makes it. Prefetching all experts above a threshold reads more where the predictor is
+unsure and less where it is sure; beside a fixed number per token it is compared at the same number
+of reads.
 """
 
 from __future__ import annotations

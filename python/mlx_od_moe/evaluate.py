@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def evaluate(
     Raises ValueError where file and traces do not belong together.
     """
     bundle, info = PredictorBundle.load(predictor), open_traces(traces)
-    _check(Path(predictor), bundle, info)
+    check_traces(Path(predictor), bundle, info)
     split = _split(bundle, info, fit_traces, Path(routers or info.routers))
     bar = progress_bar(len(bundle), "evaluate", "layer", progress)
     reports: dict[int, dict[str, Any]] = {}
@@ -130,7 +130,8 @@ def _by_token(bundle: PredictorBundle, split: Split) -> dict[str, list[float]]:
     return {"recall_at_k": recall.at(recall.top_k), "recall_at_2k": recall.at(2 * recall.top_k)}
 
 
-def _check(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:
+def check_traces(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:
+    """Raise ValueError naming both where the bundle in `path` is not of the traces' model."""
     config = next(iter(bundle.values())).config
     for name in ("hidden_size", "num_experts", "top_k"):
         if getattr(config, name) != getattr(info, name):
@@ -232,23 +233,41 @@ def _baselines(predictor: ExpertPredictor, split: Split, layer: int) -> dict[str
 def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) -> Recall:
     """The predictor's recall, with its context where it has one."""
     predictor, targets = bundle[layer], bundle.targets(layer)
-    # The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU.
-    shared = [bundle.projection] if bundle.projection is not None else []
-    for module in (predictor, *predictor.routers, *bundle.memories.values(), *shared):
-        dequantize_model(module)
+    dequantize(bundle, layer)
     confidence = Confidence(len(targets))
     if bundle.context is None:
         top_k = split.traces.top_k
         return measure(predictor, split.dataset(layer), top_k, shares, confidence)
-
-    def logits(block: Block) -> dict[int, mx.array]:
-        memories = {target: bundle.memories[target](block.states[target]) for target in targets}
-        return {layer: block_logits(predictor, layer, targets, memories, block)}
-
     layers, before = [layer, *targets], bundle.context.rows
     blocks = SequenceBlocks(split.traces, layers, before, split.documents)
-    found = measure_blocks(logits, {layer: targets}, blocks, shares, {layer: confidence})
+    found = measure_blocks(
+        bundle_logits(bundle, [layer]), {layer: targets}, blocks, shares, {layer: confidence}
+    )
     return found[layer]
+
+
+def dequantize(bundle: PredictorBundle, layer: int) -> None:
+    """The same numbers as plain matrices: quantised ones are slow to multiply by on a CPU."""
+    shared = [bundle.projection] if bundle.projection is not None else []
+    for module in (bundle[layer], *bundle[layer].routers, *bundle.memories.values(), *shared):
+        dequantize_model(module)
+
+
+def bundle_logits(
+    bundle: PredictorBundle, layers: Sequence[int]
+) -> Callable[[Block], dict[int, mx.array]]:
+    """What gives {layer: logits} of a block, for a bundle with a context."""
+    targets = {layer: bundle.targets(layer) for layer in layers}
+
+    def logits(block: Block) -> dict[int, mx.array]:
+        needed = {target for ahead in targets.values() for target in ahead}
+        memories = {target: bundle.memories[target](block.states[target]) for target in needed}
+        return {
+            layer: block_logits(bundle[layer], layer, ahead, memories, block)
+            for layer, ahead in targets.items()
+        }
+
+    return logits
 
 
 def _own_router(scores: Any, dataset: LayerDataset, top_k: int) -> float:

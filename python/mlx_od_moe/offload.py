@@ -60,6 +60,7 @@ def load(
     if bundle is not None:
         name = str(predictor) if bundle is not predictor else "that was given"
         check_predictor(bundle, name, layers, _hidden_size(file.path), str(file.path))
+        bundle.warn_without_calibration(name)
     top_k = max(layer.top_k for layer in layers)
     if slots is None:
         slots = equal_slots(file, capacity, top_k)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .calibration import SHIFT_INVARIANT
 from .context import ContextConfig, TokenMemory
 from .native_predictor import NativePredictor, make_native_bundle
 from .predictor_config import PredictorConfig
@@ -112,6 +114,17 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
     def context(self) -> ContextConfig | None:
         """The sizes that all contexts share; None where no predictor has one."""
         return next(iter(self.memories.values())).config if self.memories else None
+
+    def warn_without_calibration(self, name: str) -> None:
+        """Warn where its training's loss left scores whose sigmoid is no probability."""
+        loss = self.training.get("options", {}).get("fit", {}).get("loss")
+        missing = [layer for layer, p in self.items() if p.calibration is None]
+        if missing and loss in SHIFT_INVARIANT:
+            warnings.warn(
+                f"[{name}] was trained with the loss {loss} and has no calibration for layers "
+                f"{missing}: thresholds on its scores mean nothing; see mlx-od-moe calibrate",
+                stacklevel=3,
+            )
 
     def context_vectors(
         self, layer: int, h: mx.array, states: Mapping[int, mx.array], sequence: mx.array
@@ -243,7 +256,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
                 predictors[layer] = ExpertPredictor(
                     config, [routers[t] for t in ahead] if config.has_gate else [], projection
                 )
-                restore(predictors[layer], tensors, f"layers.{layer}.", quantization, path)
+                predictors[layer].restore(tensors, f"layers.{layer}.", quantization, path)
             memories = {}
             sizes = {p.config.context: p.config.hidden_size for p in predictors.values()}
             for target in metadata.get("memories", []):

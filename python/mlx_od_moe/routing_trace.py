@@ -115,8 +115,8 @@ def predict_layers(
 ) -> None:
     """Fill sources 1 … layers from a bundle file, run natively in `format` on recorded states.
 
-    The logits' sigmoid is taken for a probability, as losses bce makes it. `advance` is called with
-    the number of tokens x layers done.
+    The logits' sigmoid is taken for a probability, as the loss bce or a calibration makes it.
+    `advance` is called with the number of tokens x layers done.
     """
     info = trace.recorded
     if info is None:
@@ -125,6 +125,7 @@ def predict_layers(
             "directory that collect wrote as the trace"
         )
     bundle = PredictorBundle.load(predictor)
+    bundle.warn_without_calibration(str(predictor))
     for layer, native in load_bundle(str(predictor), format, 1).items():
         _check(native, info, layer, predictor)
         done = 0

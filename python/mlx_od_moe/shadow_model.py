@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .calibration import boundary_ranks, calibrated, check_calibration
 from .context import ContextReader
 from .native_predictor import NativePredictor, make_native
 from .predictor_config import ACTIVATIONS, PredictorConfig
@@ -36,6 +37,9 @@ class ExpertPredictor(nn.Module):
     s = `gate_input_scale` maps this layer's state to the target's norm (see router.input_scale);
     c is the context vector that `context` made of earlier tokens. `projection`: given where layers
     share it; like the routers it is then not among this predictor's parameters.
+
+    `calibration` [lookahead, 2] makes probabilities' logits of these (see calibration.py); None:
+    they are the scores as they are. It is set by `calibrate`, after training.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ExpertPredictor(nn.Module):
         super().__init__()
         self.config = config
         self.quantization: Quantization | None = None
+        self.calibration: mx.array | None = None
         outputs = config.lookahead * config.num_experts
         if config.has_mlp:
             if config.trunk_rank and projection is None:
@@ -103,9 +108,10 @@ class ExpertPredictor(nn.Module):
     ) -> mx.array:
         """Logits [..., lookahead, num_experts] for block inputs h [..., hidden_size].
 
-        `previous` [..., lookahead, top_k]: the previous token's experts at the target layers, -1
-        where there are none; None where none are known. `context` [..., predictor_size]: the
-        context vector, None where there are no earlier tokens.
+        Calibrated ones where there is a calibration. `previous` [..., lookahead, top_k]: the
+        previous token's experts at the target layers, -1 where there are none; None where none are
+        known. `context` [..., predictor_size]: the context vector, None where there are no earlier
+        tokens.
         """
         config = self.config
         if h.shape[-1] != config.hidden_size:
@@ -113,7 +119,15 @@ class ExpertPredictor(nn.Module):
                 f"[ExpertPredictor] the hidden state has {h.shape[-1]} features, but this "
                 f"predictor is for hidden_size {config.hidden_size}"
             )
-        h = h.astype(mx.float32)
+        logits = self._distances(h.astype(mx.float32), previous, context)
+        if self.calibration is None:
+            return logits
+        return calibrated(logits, self.calibration, config.top_k)
+
+    def _distances(
+        self, h: mx.array, previous: mx.array | None, context: mx.array | None
+    ) -> mx.array:
+        config = self.config
         mlp = self._mlp(h, previous, context) if config.has_mlp else None
         if mlp is not None and not config.has_gate:
             return mlp
@@ -130,6 +144,31 @@ class ExpertPredictor(nn.Module):
             return mlp[..., d, :]
         gate = self.gate_scale[d] * self.gate_scores(h, d)
         return gate if mlp is None or term == "gate" else mlp[..., d, :] + gate
+
+    def calibrate(self, calibration: mx.array | None) -> None:
+        """Take this calibration [lookahead, 2], a factor and an offset per distance; None: none.
+
+        Raises ValueError for another shape, values that are not finite, and factors not above 0.
+        """
+        self._calibrate(calibration, "[ExpertPredictor] calibration")
+
+    def _calibrate(self, calibration: mx.array | None, name: str) -> None:
+        if calibration is not None:
+            check_calibration(calibration, self.config.lookahead, name)
+            boundary_ranks(self.config.top_k, self.config.num_experts)
+        self.calibration = calibration
+        self.freeze(keys=["calibration"], recurse=False)
+
+    def restore(
+        self,
+        tensors: dict[str, mx.array],
+        prefix: str,
+        quantization: Quantization | None,
+        path: str | Path,
+    ) -> None:
+        """Take the tensors named `prefix`… of the file `path`; see predictor_file.restore."""
+        self._calibrate(tensors.get(f"{prefix}calibration"), f"[{path}] {prefix}calibration")
+        restore(self, tensors, prefix, quantization, path)
 
     def gate_scores(self, h: mx.array, d: int) -> mx.array:
         """Gate lookahead: the scores of the router d + 1 layers ahead, [..., num_experts]."""
@@ -188,6 +227,7 @@ class ExpertPredictor(nn.Module):
         if projection is None and self.shared_projection is not None:
             projection = self.shared_projection.quantized(bits, group_size)
         copy = ExpertPredictor(self.config, routers, projection)
+        copy.calibrate(self.calibration)
         copy.update(self.parameters())
         copy.quantization = quantize(copy, bits, group_size)
         return copy
@@ -221,7 +261,7 @@ class ExpertPredictor(nn.Module):
             for d, router in enumerate(routers):
                 restore(router, tensors, f"routers.{d}.", quantization, path)
             predictor = cls(PredictorConfig(**metadata["config"]), routers)
-            restore(predictor, tensors, "predictor.", quantization, path)
+            predictor.restore(tensors, "predictor.", quantization, path)
             return predictor
 
 

@@ -2,7 +2,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <thread>
 
 #include "mlx_od_moe/forward.h"
@@ -136,6 +138,73 @@ TEST_CASE("routers look ahead, with every scoring") {
     RandomPredictor gates(c, 6, option);
     check_all(gates, query_of(x, 3));
   }
+}
+
+TEST_CASE("a calibration moves the boundary to 0 and changes no ranking") {
+  for (const int top_k : {1, 6, 8, 31, 33, 59}) {
+    PredictorConfig c = config(100, 33, 60, 3);
+    c.top_k = top_k;
+    c.terms = {Term::mlp, Term::mlp_gate, Term::gate};
+    RandomPredictor random(c, static_cast<unsigned>(top_k));
+    const std::vector<float> numbers = {1.25f, -0.5f, 0.75f, 0.25f, 1.5f, 0.0f};
+    PredictorWeights weights = random.weights();
+    weights.calibration = {numbers.data(), DType::float32, 3, 2};
+    const std::vector<float> x = random.values(100 * 67, 1);
+    const Query query = query_of(x, 67);
+    std::vector<double> expected = random.forward(query);
+    const int half = std::min(std::max(1, top_k / 2), 60 - top_k);
+    for (size_t row = 0; row < 67 * 3; ++row) {
+      double* z = expected.data() + row * 60;
+      std::vector<double> sorted(z, z + 60);
+      std::sort(sorted.rbegin(), sorted.rend());
+      const double sum = std::accumulate(sorted.begin() + top_k - half, sorted.begin() + top_k + half, 0.0);
+      for (size_t e = 0; e < 60; ++e) {
+        z[e] = numbers[row % 3 * 2] * (z[e] - sum / (2 * half)) + numbers[row % 3 * 2 + 1];
+      }
+    }
+    for (const std::string& kernel : available_kernels()) {
+      const UseKernel use(kernel);
+      for (const Format format : kFormats) {
+        const Predictor plain(random.weights(), {format, 1, 64});
+        const Predictor predictor(weights, {format, 2, 64});
+        CAPTURE(top_k);
+        CAPTURE(kernel);
+        CAPTURE(format_name(format));
+        CHECK(relative_error(logits(predictor, query), expected) < tolerance(format));
+        std::vector<int32_t> ids(67 * 3 * 20);
+        std::vector<int32_t> same(ids.size());
+        predictor.predict(query, 20, ids.data());
+        plain.predict(query, 20, same.data());
+        CHECK(ids == same);
+      }
+    }
+  }
+}
+
+TEST_CASE("calibrations that are none are refused with the rule and the value") {
+  PredictorConfig c = config(64, 16, 40, 2);
+  c.top_k = 8;
+  RandomPredictor random(c, 29);
+  std::vector<float> numbers = {1, 0, 2, -1};
+  PredictorWeights bad = random.weights();
+  const auto refused = [&](const char* reason) {
+    CHECK_THROWS_WITH_AS(Predictor{bad}, doctest::Contains(reason), std::invalid_argument);
+  };
+  bad.calibration = {numbers.data(), DType::float32, 1, 2};
+  refused("calibration must be floats [2, 2], but is [1, 2]");
+  bad.calibration = {numbers.data(), DType::uint32, 2, 2};
+  refused("calibration must be floats [2, 2]");
+  bad.calibration = {numbers.data(), DType::float32, 2, 2};
+  numbers[2] = 0;
+  refused("got 0.000000 and -1.000000 at distance 2");
+  numbers[2] = INFINITY;
+  refused("both finite, got inf");
+  numbers = {1, NAN, 2, -1};
+  refused("at distance 1");
+  numbers[1] = 0;
+  CHECK_NOTHROW(Predictor{bad});
+  bad.config.top_k = 40;
+  refused("top_k must be below num_experts (40), got 40");
 }
 
 TEST_CASE("int4 with groups of 32 and 128") {

@@ -90,6 +90,24 @@ TEST_CASE("a predictor file is loaded") {
   CHECK(predictor.config().activation == Activation::relu);
 }
 
+TEST_CASE("a predictor file may hold a calibration") {
+  std::string header = predictor_file().substr(8);
+  header.resize(header.size() - 57);  // without its data and the last brace
+  const auto file = [&](const char* shape, float factor) {
+    std::string bytes = safetensors(
+        header + R"(, "predictor.calibration": {"dtype": "F32", "shape": )" + shape + R"(, "data_offsets": [56, 64]}})",
+        64);
+    std::memcpy(bytes.data() + bytes.size() - 8, &factor, sizeof factor);
+    return bytes;
+  };
+  const File good(file("[1, 2]", 2.0f));
+  CHECK(load_predictor(good.path(), {Format::f32, 1, 64}).packed().calibration);
+  const File plain(predictor_file());
+  CHECK_FALSE(load_predictor(plain.path(), {Format::f32, 1, 64}).packed().calibration);
+  check_refused(file("[2, 1]", 2.0f), "calibration must be floats [1, 2], but is [2, 1]");
+  check_refused(file("[1, 2]", -2.0f), "got -2.000000 and 0.000000 at distance 1");
+}
+
 TEST_CASE("files that contradict themselves are refused with their name and the rule") {
   const std::string good = predictor_file();
   const auto replaced = [&](const std::string& from, const std::string& to) {

@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .._blas import one_blas_thread
+from ..calibration import SHIFT_INVARIANT
 from ..context import TokenMemory
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
@@ -26,7 +27,13 @@ from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer, with_gate_alone
 from .losses import LOSSES
 from .sequence_blocks import Block, SequenceBlocks
-from .shared_predictors import SharedPredictors, block_logits, measure_blocks, name_of
+from .shared_predictors import (
+    SharedPredictors,
+    block_logits,
+    fit_block_calibrations,
+    measure_blocks,
+    name_of,
+)
 from .workers import Advance
 
 _BLOCK = 256  # tokens that follow each other in a batch
@@ -232,6 +239,9 @@ def train_together(
             model.predictors[name_of(layer)] = with_gate_alone(predictors[layer], gate, worse)
     final = measure_blocks(model, targets, validation)
     chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
+    if options.loss in SHIFT_INVARIANT:
+        for layer, calibration in fit_block_calibrations(model, targets, validation).items():
+            chosen[layer].calibrate(calibration)
     reports = {
         layer: {
             "candidate": candidates[layer] + suffix,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..calibration import CalibrationFit
 from ..confidence import Confidence
 from ..metrics import Recall
 from ..predictor_file import write_safetensors
@@ -83,6 +84,14 @@ def measure(
         recall.add_scores(scores, samples.chosen, part)
         done += len(samples)
     return recall
+
+
+def fit_calibration(scorer: Scorer, dataset: LayerDataset, top_k: int) -> mx.array:
+    """The calibration [lookahead, 2] that a scorer needs on a data set; it must have none yet."""
+    found = CalibrationFit(len(dataset.targets), top_k)
+    for samples in dataset.batches(4096):
+        found.add(np.array(scorer(*inputs(samples)).astype(mx.float32)), samples.chosen)
+    return found.result()
 
 
 def rows_of(shares: Shares | None, first: int, count: int) -> Shares:

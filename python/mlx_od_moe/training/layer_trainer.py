@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..calibration import SHIFT_INVARIANT
 from ..context import ContextConfig
 from ..metrics import Recall
 from ..model_routers import LayerRouter, load_routers
@@ -21,7 +22,7 @@ from ..projection import Projection
 from ..router import input_scale
 from ..shadow_model import ExpertPredictor
 from .dataset import LayerDataset, split_documents
-from .fit import FitOptions, fit, measure
+from .fit import FitOptions, fit, fit_calibration, measure
 from .traces import TraceInfo
 from .workers import Advance
 
@@ -122,6 +123,8 @@ class LayerTrainer:
             fitted = self._fit(predictor, training, validation, candidate, advance)
             found[candidate] = predictor, fitted
         predictor, report = self._choose(found, validation)
+        if self.options.fit.loss in SHIFT_INVARIANT:
+            predictor.calibrate(fit_calibration(predictor, validation, self.info.top_k))
         predictor.save(done)
         partial = report_path.with_suffix(".partial")
         partial.write_text(json.dumps(report))
@@ -275,7 +278,10 @@ def gate_predictor(
 def with_gate_alone(
     predictor: ExpertPredictor, gate: ExpertPredictor, distances: list[int]
 ) -> ExpertPredictor:
-    """The same predictor with gate lookahead alone at those distances (0 is the next layer)."""
+    """The same predictor with gate lookahead alone at those distances (0 is the next layer).
+
+    Without a calibration: that of a distance is not its gate's.
+    """
     terms = tuple("gate" if d in distances else t for d, t in enumerate(predictor.config.terms))
     config = dataclasses.replace(predictor.config, terms=terms)
     result = ExpertPredictor(config, gate.routers, predictor.shared_projection)

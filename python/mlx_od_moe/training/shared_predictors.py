@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..calibration import CalibrationFit
 from ..confidence import Confidence
 from ..context import ContextConfig, TokenMemory
 from ..metrics import Recall
@@ -104,3 +105,20 @@ def measure_blocks(
             recalls[layer].add_scores(np.array(scores.astype(mx.float32)), chosen, part)
         done += block.sequence.shape[1] - block.before
     return recalls
+
+
+def fit_block_calibrations(
+    logits: Callable[[Block], Mapping[int, mx.array]],
+    targets: Mapping[int, Sequence[int]],
+    blocks: SequenceBlocks,
+) -> dict[int, mx.array]:
+    """{layer: calibration [lookahead, 2]} for what gives {layer: logits} of a block.
+
+    Logits [tokens, lookahead, num_experts] must have none yet.
+    """
+    top_k = blocks.traces.top_k
+    found = {layer: CalibrationFit(len(ahead), top_k) for layer, ahead in targets.items()}
+    for block in blocks.in_order():
+        for layer, scores in logits(block).items():
+            found[layer].add(np.array(scores.astype(mx.float32)), block.chosen(targets[layer]))
+    return {layer: fit.result() for layer, fit in found.items()}
