@@ -109,18 +109,21 @@ void make_observer(Observer* self, const Store& store, std::shared_ptr<Predictio
 }
 
 void bind_observer(nb::module_& m) {
-  nb::class_<Observer>(m, "PassObserver", R"(Told what forward passes do, prefetches by it: see cpp/mlx_od_moe/pass_observer.h.
+  nb::class_<Observer>(m, "PassObserver",
+                       R"(Told what forward passes do, prefetches by it: see cpp/mlx_od_moe/pass_observer.h.
 
 watched: the layers whose states the runner is given. previous_at: for layers whose predictors take the last token's experts, the layers that they speak of. The
 last three are what TokenExperts has, and token_layers the first MoE layers, which it speaks of.)")
-      .def("__init__", &make_observer, "store"_a, "queue"_a, "prefetcher"_a, "runner"_a.none(), "watched"_a, "previous_at"_a,
-           "token_layers"_a, "tokens"_a.none(), "experts"_a.none(), "probabilities"_a.none(),
+      .def("__init__", &make_observer, "store"_a, "queue"_a, "prefetcher"_a, "runner"_a.none(), "watched"_a,
+           "previous_at"_a, "token_layers"_a, "tokens"_a.none(), "experts"_a.none(), "probabilities"_a.none(),
            nb::sig("def __init__(self, store: ExpertStore, queue: PredictionQueue, prefetcher: Prefetcher, runner: "
-                   "ShadowRunner | None, watched: list[int], previous_at: dict[int, list[int]], token_layers: list[int], tokens: "
+                   "ShadowRunner | None, watched: list[int], previous_at: dict[int, list[int]], token_layers: "
+                   "list[int], tokens: "
                    "numpy.typing.NDArray[numpy.int32] | None, experts: numpy.typing.NDArray[numpy.uint16] | None, "
                    "probabilities: numpy.typing.NDArray[numpy.uint8] | None) -> None"))
       .def(
-          "begin", [](Observer& o, const Ids& tokens, uint64_t step) { o->begin({tokens.data(), tokens.size()}, step); },
+          "begin",
+          [](Observer& o, const Ids& tokens, uint64_t step) { o->begin({tokens.data(), tokens.size()}, step); },
           "tokens"_a, "step"_a,
           nb::sig("def begin(self, tokens: numpy.typing.NDArray[numpy.int32], step: int) -> None"),
           "A pass begins, with one token of each sequence.")
@@ -137,17 +140,17 @@ last three are what TokenExperts has, and token_layers the first MoE layers, whi
           [](Observer& o, int layer, const Ids& ids) {
             o->remember(layer, {ids.data(), ids.size()}, static_cast<int>(ids.shape(0)));
           },
-          "layer"_a, "ids"_a,
-          nb::sig("def remember(self, layer: int, ids: numpy.typing.NDArray[numpy.int32]) -> None"),
+          "layer"_a, "ids"_a, nb::sig("def remember(self, layer: int, ids: numpy.typing.NDArray[numpy.int32]) -> None"),
           "The experts [sequences, top_k] of each sequence's last token.")
       .def(
-          "previous",
-          [](Observer& o, int layer, int sequences) { return o->previous(layer, sequences); }, "layer"_a,
+          "previous", [](Observer& o, int layer, int sequences) { return o->previous(layer, sequences); }, "layer"_a,
           "sequences"_a,
           "What is remembered of the layers that the layer's predictor speaks of: [sequences, layers, top_k], flat;\n"
           "empty: not known of all.")
-      .def("miss", [](Observer& o) { o->miss(); }, "What is told next does not follow what was told last.")
-      .def("take_missed", [](Observer& o) { return o->take_missed(); }, "Whether that was so since the last call.")
+      .def(
+          "miss", [](Observer& o) { o->miss(); }, "What is told next does not follow what was told last.")
+      .def(
+          "take_missed", [](Observer& o) { return o->take_missed(); }, "Whether that was so since the last call.")
       .def("take_error", [](Observer& o) { return o->take_error(); }, "Why predicting stopped, once.");
 }
 
@@ -205,9 +208,8 @@ went into, or that will never be computed. Before, an evaluation raises RuntimeE
       .def(
           "begin",
           [](const GraphLeases& leases, const mx::array& ids, const LeaseChain& chain, const Observer& observer,
-             uint64_t step, std::optional<mx::array> hidden, int sequence) {
-            return leases.begin(ids, {observer.native(), step, std::move(hidden), sequence}, chain);
-          },
+             uint64_t step, std::optional<mx::array> hidden,
+             int sequence) { return leases.begin(ids, {observer.native(), step, std::move(hidden), sequence}, chain); },
           "ids"_a, "chain"_a, "observer"_a, "step"_a, "hidden"_a = nb::none(), "sequence"_a = 0,
           nb::sig("def begin(self, ids: mlx.core.array, chain: LeaseChain, observer: PassObserver, step: int, hidden: "
                   "mlx.core.array | None = None, sequence: int = 0) -> GraphLease"),

@@ -85,8 +85,7 @@ class GraphLease {
 
  private:
   struct Lease {
-    Lease(std::shared_ptr<mlx_od_moe::ExpertStore> from, int of_layer, const LayerSight& sight,
-          const LeaseChain& chain)
+    Lease(std::shared_ptr<mlx_od_moe::ExpertStore> from, int of_layer, const LayerSight& sight, const LeaseChain& chain)
         : store(std::move(from)),
           layer(of_layer),
           observer(sight.observer),
@@ -142,9 +141,7 @@ class GraphLease {
       out.set_data(mlx::core::allocator::malloc(out.nbytes()));
       dispatch(inputs[0], out,
                [lease = lease_, ids = inputs[0].data<int32_t>(), slots = out.data<int32_t>(), count = out.size(),
-                state = state(inputs)] {
-                 lease->begin({ids, count}, {slots, count}, state ? &*state : nullptr);
-               });
+                state = state(inputs)] { lease->begin({ids, count}, {slots, count}, state ? &*state : nullptr); });
     }
 
    private:
@@ -184,7 +181,8 @@ class GraphLease {
                                               const LeaseChain& chain) {
     std::vector<mlx::core::array> inputs{mlx::core::contiguous(mlx::core::astype(ids, mlx::core::int32))};
     if (sight.hidden) {
-      if (!float_type(*sight.hidden)) throw std::invalid_argument("[GraphLease] a state must be float32, float16 or bfloat16");
+      if (!float_type(*sight.hidden))
+        throw std::invalid_argument("[GraphLease] a state must be float32, float16 or bfloat16");
       inputs.push_back(mlx::core::contiguous(*sight.hidden));
     }
     if (chain.last_) inputs.push_back(*chain.last_);

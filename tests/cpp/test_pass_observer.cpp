@@ -2,9 +2,11 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "reference.h"
@@ -154,4 +156,35 @@ TEST_CASE("after close it holds nothing, and nobody is told") {
   rig.observer->begin(Ids{5}, 1);
   CHECK(rig.runner->statistics().submitted == 0);
   CHECK(rig.resident(1).empty());
+}
+
+TEST_CASE("one thread computes while others ask, and it is closed meanwhile") {
+  ObserverRig rig({{1, {3}}});
+  std::atomic<bool> done{false};
+  std::thread asks([&] {
+    while (!done) {
+      rig.observer->take_missed();
+      rig.observer->take_error();
+      rig.observer->previous(1, 1);
+      rig.observer->remember(3, Ids{1, 2}, 1);
+      rig.prefetcher->recalls();
+    }
+  });
+  std::thread computes([&] {
+    for (uint64_t step = 1; step <= 300; ++step) {
+      rig.observer->begin(Ids{5}, step);
+      for (int layer : {1, 3}) {
+        rig.observe(layer, step);
+        rig.use(layer, {0, 1});
+      }
+      if (step == 200) rig.observer->close();
+    }
+  });
+  computes.join();
+  done = true;
+  asks.join();
+  rig.runner->close();
+  CHECK(rig.runner->statistics().submitted == 200);
+  CHECK(rig.prefetcher->uses(1)[0] == 200);
+  check_identities(rig.store->counters());
 }
