@@ -84,6 +84,13 @@ class Forward : public SharedWork {
   void run_block(int phase, int block, int lane) noexcept override;
 
  private:
+  // A token's context, if any, and where it stands there.
+  struct Place {
+    const SequenceContext* sequence = nullptr;
+    size_t source = 0;
+    int64_t position = 0;
+    bool attends = false;  // some earlier token can be seen
+  };
   // One matrix and its input within a phase; its results start at `column` of the phase's rows.
   struct Product {
     const PackedMatrix* matrix;
@@ -108,7 +115,6 @@ class Forward : public SharedWork {
   const float* result(int phase, size_t product, int token) const;
 
   void load_hidden(const Query& query, int first, int tokens);
-  struct Place;
   Place place(const SequenceContext* sequence, int64_t position, int first) const;
   void find_contexts(const Query& query, int first, int tokens);
   void open_first_stage(int tokens);
@@ -122,13 +128,6 @@ class Forward : public SharedWork {
   const PackedPredictor* predictor_ = nullptr;
   int tokens_ = 0;
   int lanes_ = 1;
-  // A token's context, if any, and where it stands there.
-  struct Place {
-    const SequenceContext* sequence = nullptr;
-    size_t source = 0;
-    int64_t position = 0;
-    bool attends = false;  // some earlier token can be seen
-  };
   Place places_[kMaxTokens];
   bool attends_ = false;  // some of these tokens do
   Stage stages_[kPhases];
