@@ -15,6 +15,7 @@
 
 #include "bindings.h"
 #include "bindings_runner.h"
+#include "bindings_sequences.h"
 #include "bindings_wait.h"
 #include "float_type.h"
 #include "mlx_od_moe/prefetcher.h"
@@ -29,18 +30,13 @@ using mlx_od_moe::PredictionRecord;
 using mlx_od_moe::Predictor;
 using mlx_od_moe::Query;
 using mlx_od_moe::ShadowRunner;
+using runner_input::Sequences;
+using runner_input::text;
 
 namespace {
 
 // Larger states are referred to, not copied, where they cannot change: mx.arrays.
 constexpr size_t kMostCopied = size_t{1} << 16;
-
-template <class T>
-std::string text(const std::vector<T>& shape) {
-  std::string out = "[";
-  for (const T n : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
 
 // An array that another thread computes, or has computed. It is this object's alone, so that nobody else
 // changes its state while we wait; its buffer is shared.
@@ -201,23 +197,28 @@ class Runner {
   }
 
   uint64_t predict_async(nb::handle hidden_states, int layer, std::optional<uint64_t> step, nb::handle previous,
-                         nb::handle context, int sequence) {
+                         nb::handle context, nb::handle sequence) {
+    const Sequences sequences(sequence);
     const int hidden_size = native_->hidden_size(layer);
-    if (hidden_size == 0) return native_->predict_async(layer, {}, nullptr, step, sequence);
+    if (hidden_size == 0) return native_->predict_async(layer, {}, nullptr, step);
     Hidden hidden(hidden_states);
     std::vector<size_t> shape = hidden.shape;
     if (shape.empty() || shape.back() != static_cast<size_t>(hidden_size)) {
       throw std::invalid_argument("[ShadowRunner] hidden_states must be [..., " + std::to_string(hidden_size) +
                                   "], but is " + text(shape));
     }
+    sequences.check(shape);
     shape.pop_back();
     size_t tokens = 1;
     for (const size_t n : shape) tokens *= n;
     hidden.query.tokens = static_cast<int>(tokens);
+    const auto hand_in = [&] {
+      return sequences.several
+                 ? native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, *sequences.several)
+                 : native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, sequences.one);
+    };
     const Predictor* predictor = native_->predictor(layer);
-    if (predictor == nullptr) {
-      return native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, sequence);
-    }
+    if (predictor == nullptr) return hand_in();
     const mlx_od_moe::PredictorConfig& config = predictor->config();
     shape.push_back(static_cast<size_t>(config.lookahead));
     shape.push_back(static_cast<size_t>(config.top_k));
@@ -234,7 +235,7 @@ class Runner {
       vector = values<float>(context, shape, false, "context");
       hidden.query.context = vector.data();
     }
-    return native_->predict_async(layer, hidden.query, std::move(hidden.bytes), step, sequence);
+    return hand_in();
   }
 
   std::vector<mlx_od_moe::ScoredExpert> get(int layer, std::optional<double> timeout) {
@@ -318,7 +319,8 @@ void bind_shadow_runner(nb::module_& m) {
       .def("predict_async", &Runner::predict_async, "hidden_states"_a.none(), "current_layer"_a, "step"_a = nb::none(),
            "previous"_a = nb::none(), "context"_a = nb::none(), "sequence"_a = 0,
            nb::sig("def predict_async(self, hidden_states: object, current_layer: int, step: int | None = None, "
-                   "previous: object | None = None, context: object | None = None, sequence: int = 0) -> int"),
+                   "previous: object | None = None, context: object | None = None, "
+                   "sequence: int | collections.abc.Sequence[int] = 0) -> int"),
            R"(Hand in a MoE layer's hidden state and return at once.
 
 Args:
@@ -334,6 +336,8 @@ Args:
     context: added to the trunk's output, float32 [..., predictor_size].
     sequence: whose next tokens these are, where predictors have a context. A forward pass has as
         many tokens at each of its layers, which rise; with several sequences in turns, give `step`.
+        A list: hidden_states [n, hidden_size] or [n, 1, hidden_size] are the next tokens of n
+        different ones, each predicted for with its own context.
 
 Returns the step. Raises ValueError for a wrong layer, shape or step, RuntimeError once closed, and what
 an earlier prediction or callback raised.)")

@@ -17,6 +17,7 @@ Query part_of(const Query& query, const PredictorConfig& config, int first) {
   part.hidden = static_cast<const char*>(query.hidden) + size(first) * size(config.hidden_size) * element;
   if (query.previous) part.previous += size(first) * size(config.lookahead) * size(query.num_previous);
   if (query.position >= 0) part.position += first;
+  if (query.rows) part.rows += first;
   if (query.context) part.context += size(first) * size(config.predictor_size);
   return part;
 }

@@ -110,7 +110,7 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
   restart();
   const Offer offer(alone ? nullptr : workers, *this);
   load_hidden(query, first, tokens);
-  find_context(query, first);
+  find_contexts(query, first, tokens);
   open_first_stage(tokens);
   run_stage(0);
   if (predictor.config.has_mlp()) {
@@ -125,13 +125,25 @@ void Forward::run(const PackedPredictor& predictor, Workers* workers, const Quer
   combine(tokens, out);
 }
 
-void Forward::find_context(const Query& query, int first) {
-  sequence_ = query.sequence;
+Forward::Place Forward::place(const SequenceContext* sequence, int64_t position, int first) const {
+  if (sequence == nullptr) return {};
+  const size_t source = sequence->source_of(*predictor_);
+  const int64_t at = (position < 0 ? sequence->position(source) : position) + first;
+  return {sequence, source, at, sequence->attends(source, at)};
+}
+
+void Forward::find_contexts(const Query& query, int first, int tokens) {
   attends_ = false;
-  if (sequence_ == nullptr) return;
-  source_ = sequence_->source_of(*predictor_);
-  position_ = (query.position < 0 ? sequence_->position(source_) : query.position) + first;
-  attends_ = sequence_->attends(source_, position_);  // later tokens of the batch see no more
+  if (query.rows == nullptr) places_[0] = place(query.sequence, query.position, first);
+  for (int t = 0; t < tokens; ++t) {
+    if (query.rows != nullptr) {
+      places_[t] = place(query.rows[first + t].sequence, query.rows[first + t].position, 0);
+    } else if (t > 0) {  // sees no more than the first
+      places_[t] = places_[0];
+      places_[t].position += t;
+    }
+    attends_ = attends_ || places_[t].attends;
+  }
 }
 
 void Forward::load_hidden(const Query& query, int first, int tokens) {
@@ -285,8 +297,9 @@ void Forward::attend(int tokens, int columns) {
   const auto stride = static_cast<size_t>(columns);
   float* read = at_least(read_, stride * static_cast<size_t>(tokens));
   for (int t = 0; t < tokens; ++t, read += stride) {
-    sequence_->attend(source_, position_ + t, result(0, 1, t), attention_, read);
-    std::fill(read + lookahead * size, read + stride, 0.0f);
+    const Place& at = places_[t];
+    if (at.attends) at.sequence->attend(at.source, at.position, result(0, 1, t), attention_, read);
+    std::fill(read + (at.attends ? lookahead * size : 0), read + stride, 0.0f);
   }
 }
 
@@ -306,9 +319,10 @@ void Forward::finish_trunk(const Query& query, int first, int tokens) {
       k.add(query.context + static_cast<size_t>(first + t) * static_cast<size_t>(width), kernels::kFloat32, width, z);
     }
     if (query.previous != nullptr && p.previous != nullptr) add_previous(query, first + t, z);
-    if (attends_) k.add(result(1, projects() ? 1 : 0, t), kernels::kFloat32, width, z);
-    if (sequence_ != nullptr) {
-      const float* vector = sequence_->previous_state(source_, position_ + t);
+    const Place& at = places_[t];
+    if (at.attends) k.add(result(1, projects() ? 1 : 0, t), kernels::kFloat32, width, z);
+    if (at.sequence != nullptr) {
+      const float* vector = at.sequence->previous_state(at.source, at.position);
       if (vector != nullptr) k.add(vector, kernels::kFloat32, width, z);
     }
     if (p.config.layer_norm) k.layer_norm(z, width, p.norm_weight, p.norm_bias, kLayerNormEpsilon);

@@ -86,6 +86,13 @@ class Forward : public SharedWork {
   void run_block(int phase, int block, int lane) noexcept override;
 
  private:
+  // A token's context, if any, and where it stands there.
+  struct Place {
+    const SequenceContext* sequence = nullptr;
+    size_t source = 0;
+    int64_t position = 0;
+    bool attends = false;  // some earlier token can be seen
+  };
   // One matrix and its input within a phase; its results start at `column` of the phase's rows.
   struct Product {
     const PackedMatrix* matrix;
@@ -110,7 +117,8 @@ class Forward : public SharedWork {
   const float* result(int phase, size_t product, int token) const;
 
   void load_hidden(const Query& query, int first, int tokens);
-  void find_context(const Query& query, int first);
+  Place place(const SequenceContext* sequence, int64_t position, int first) const;
+  void find_contexts(const Query& query, int first, int tokens);
   void open_first_stage(int tokens);
   void open_second_stage(int tokens);
   void attend(int tokens, int columns);
@@ -122,11 +130,8 @@ class Forward : public SharedWork {
   const PackedPredictor* predictor_ = nullptr;
   int tokens_ = 0;
   int lanes_ = 1;
-  // The sequence's context, if any, and where the first of these tokens stands in it.
-  const SequenceContext* sequence_ = nullptr;
-  size_t source_ = 0;
-  int64_t position_ = 0;
-  bool attends_ = false;  // some earlier token can be seen
+  Place places_[kMaxTokens];
+  bool attends_ = false;  // some of these tokens do
   Stage stages_[kPhases];
   std::vector<float> hidden_, scaled_, projected_, read_, inner_, scores_, logits_;
   std::vector<int32_t> candidates_;

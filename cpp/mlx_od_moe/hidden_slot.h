@@ -3,12 +3,13 @@
 // Threads    One at a time: whoever holds the slot's number.
 // Ownership  The bytes of a Query are copied in; the buffers stay from use to use.
 // Errors     std::bad_alloc.
-// Costs      Allocates where a state is larger than any that the slot held before.
+// Costs      Allocates where a state is larger than any that the slot held before, or of more sequences.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -21,18 +22,24 @@ namespace mlx_od_moe {
 struct HiddenSlot {
   uint64_t step = 0;
   int64_t submitted_ns = 0;
-  size_t layer = 0;  // among the MoE layers
-  SequencePlace place;
-  Query query;  // points into the buffers below
+  size_t layer = 0;                   // among the MoE layers
+  std::vector<SequencePlace> places;  // of all tokens one, or one of each; none where nothing has a context
+  Query query;                        // points into the buffers below
   std::unique_ptr<PendingBytes> pending;
 
-  void reserve(const PredictorConfig& config) { hidden_.reserve(static_cast<size_t>(config.hidden_size) * 4); }
+  void reserve(const PredictorConfig& config) {
+    hidden_.reserve(static_cast<size_t>(config.hidden_size) * 4);
+    places.reserve(1);
+  }
 
   // Without a predictor only the state is kept.
-  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, const RunnerLayer& of) {
+  void fill(const Query& given, std::unique_ptr<PendingBytes> bytes, std::span<const SequencePlace> at,
+            const RunnerLayer& of) {
     const auto tokens = static_cast<size_t>(given.tokens);
     query = given;
     query.sequence = nullptr;
+    query.rows = nullptr;
+    places.assign(at.begin(), at.end());
     pending = std::move(bytes);
     if (!pending) {
       const size_t element = given.dtype == DType::float32 ? 4 : 2;

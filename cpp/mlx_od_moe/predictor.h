@@ -44,6 +44,12 @@ struct PredictorOptions {
   int group_size = 64;  // of int4: 32, 64 or 128 columns share a scale
 };
 
+// Where one token of a query stands: in what sequence (null: none), and in what place of it; -1 as for a Query.
+struct QueryRow {
+  const SequenceContext* sequence = nullptr;
+  int64_t position = -1;
+};
+
 // The input of one call.
 struct Query {
   const void* hidden = nullptr;  // [tokens, hidden_size]
@@ -59,6 +65,8 @@ struct Query {
   // memory ends, as in decoding.
   const SequenceContext* sequence = nullptr;
   int64_t position = -1;
+  // In place of these two: the tokens are of several sequences, as a batch's are, [tokens]. Null: of one.
+  const QueryRow* rows = nullptr;
 };
 
 class MLX_OD_MOE_API Predictor {

@@ -86,19 +86,28 @@ void SequenceContext::add(const Predictor& predictor) {
 }
 
 void SequenceContext::observe(int layer, const Query& states) {
+  observe(layer, states, 0, states.tokens, states.position);
+}
+
+void SequenceContext::observe_row(int layer, const Query& states, int row, int64_t position) {
+  observe(layer, states, row, 1, position);
+}
+
+// `tokens` of the states from `begin` on, the first of which stands at `given`.
+void SequenceContext::observe(int layer, const Query& states, int begin, int tokens, int64_t given) {
   const auto found = layers_.find(layer);
-  if (found == layers_.end() || states.tokens <= 0) return;
+  if (found == layers_.end() || tokens <= 0) return;
   Memory& memory = memories_[found->second];
   const int64_t length = memory.memory.length();
-  const int64_t position = states.position < 0 ? length : states.position;
+  const int64_t position = given < 0 ? length : given;
   if (position < length) {
     refuse("layer " + std::to_string(layer) + " has seen " + std::to_string(length) +
            " tokens, got another of position " + std::to_string(position) + ": trim first");
   }
-  const int64_t end = position + states.tokens;
+  const int64_t end = position + tokens;
   try {
-    for (int first = std::max(0, states.tokens - memory.memory.kept()); first < states.tokens; first += kMaxTokens) {
-      encode(memory, states, first, std::min(kMaxTokens, states.tokens - first), position + first);
+    for (int first = std::max(0, tokens - memory.memory.kept()); first < tokens; first += kMaxTokens) {
+      encode(memory, states, begin + first, std::min(kMaxTokens, tokens - first), position + first);
     }
   } catch (...) {
     memory.memory.leave_out(end);

@@ -44,6 +44,8 @@ class MLX_OD_MOE_API SequenceContext {
   // (-1: after the last one observed there), not before length(layer). Ignored where no predictor looks at
   // the layer. States that are not finite are refused, and leave a gap.
   void observe(int layer, const Query& states);
+  // Of a batch's tokens this sequence's, the `row`th, has passed the layer; `position` is its own.
+  void observe_row(int layer, const Query& states, int row, int64_t position);
 
   void reset() { trim_to(0); }
   // Forgets the last `tokens` tokens, as a prompt cache that is trimmed does. Up to 16 tokens
@@ -73,6 +75,7 @@ class MLX_OD_MOE_API SequenceContext {
   struct Source;
 
   void add(const Predictor& predictor);
+  void observe(int layer, const Query& states, int begin, int tokens, int64_t given);
   void encode(Memory& memory, const Query& states, int first, int tokens, int64_t position);
   void refresh(Source& source, int64_t position);
 

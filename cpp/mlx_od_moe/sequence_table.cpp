@@ -1,25 +1,65 @@
 #include "mlx_od_moe/sequence_table.h"
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
 namespace mlx_od_moe {
+namespace {
 
-SequencePlace SequenceTable::place(int sequence, int layer, int tokens, uint64_t step, bool given) {
-  Pass& pass = passes_[sequence];
-  const bool next = !pass.layer || layer <= *pass.layer || (given && step != pass.step);
-  if (next) {
-    pass.position += pass.tokens;
-    pass.tokens = tokens;
-  } else if (tokens != pass.tokens) {
-    throw std::invalid_argument("[ShadowRunner] a forward pass has as many tokens at each layer, got " +
-                                std::to_string(tokens) + " at layer " + std::to_string(layer) + " after " +
-                                std::to_string(pass.tokens));
+// Which one of several an error speaks of.
+std::string of(int sequence, std::span<const int> sequences) {
+  return sequences.size() > 1 ? ", in sequence " + std::to_string(sequence) : "";
+}
+
+}  // namespace
+
+void check_batch(std::span<const int> sequences, int tokens) {
+  if (tokens < 0 || static_cast<size_t>(tokens) != sequences.size()) {
+    throw std::invalid_argument("[ShadowRunner] a batch has one token of each sequence, got " + std::to_string(tokens) +
+                                " tokens of " + std::to_string(sequences.size()) + " sequences");
   }
-  pass.layer = layer;
-  pass.step = step;
-  return {sequence, pass.position, next_ticket_++};
+  // Rising ones, the usual case, need no sorted copy.
+  if (std::ranges::adjacent_find(sequences, std::ranges::greater_equal()) == sequences.end()) return;
+  std::vector<int> sorted(sequences.begin(), sequences.end());
+  std::ranges::sort(sorted);
+  const auto twice = std::ranges::adjacent_find(sorted);
+  if (twice == sorted.end()) return;
+  throw std::invalid_argument("[ShadowRunner] a batch's sequences must be distinct, got " + std::to_string(*twice) +
+                              " twice");
+}
+
+std::span<const SequencePlace> SequenceTable::place(std::span<const int> sequences, int layer, int tokens,
+                                                    uint64_t step, bool given) {
+  const auto next = [&](const Pass& pass) {
+    return !pass.layer || layer <= *pass.layer || (given && step != pass.step);
+  };
+  entered_.clear();
+  places_.clear();
+  // All are checked before any is changed.
+  for (int sequence : sequences) {
+    Pass& pass = passes_[sequence];
+    if (!next(pass) && tokens != pass.tokens) {
+      throw std::invalid_argument("[ShadowRunner] a forward pass has as many tokens at each layer, got " +
+                                  std::to_string(tokens) + " at layer " + std::to_string(layer) + " after " +
+                                  std::to_string(pass.tokens) + of(sequence, sequences));
+    }
+    entered_.push_back(&pass);
+  }
+  places_.reserve(sequences.size());
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Pass& pass = *entered_[i];
+    if (next(pass)) {
+      pass.position += pass.tokens;
+      pass.tokens = tokens;
+    }
+    pass.layer = layer;
+    pass.step = step;
+    places_.push_back({sequences[i], pass.position, next_ticket_});
+  }
+  ++next_ticket_;
+  return places_;
 }
 
 void SequenceTable::trim(int sequence, int64_t tokens) {

@@ -16,6 +16,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "mlx_od_moe/sequence_context.h"
@@ -26,8 +27,11 @@ namespace mlx_od_moe {
 struct SequencePlace {
   int sequence = 0;
   int64_t position = 0;  // of the first
-  uint64_t ticket = 0;   // rises from call to call
+  uint64_t ticket = 0;   // rises from call to call; that of all sequences of one call
 };
+
+// Throws unless these are so many different sequences, one for each token of a batch.
+void check_batch(std::span<const int> sequences, int tokens);
 
 class SequenceTable {
  public:
@@ -35,14 +39,17 @@ class SequenceTable {
 
   const SequenceContext& none() const { return none_; }  // that of a sequence without tokens
 
-  // Tokens of the sequence at a layer. A forward pass is over where `layer` does not come after the last one,
-  // or where a step is given and is another.
-  SequencePlace place(int sequence, int layer, int tokens, uint64_t step, bool given);
+  // So many tokens of each of these sequences, all different, at a layer. A sequence's forward pass is over
+  // where `layer` does not come after its last one, or where a step is given and is another. What throws
+  // changes none of them. The places last until the next call.
+  std::span<const SequencePlace> place(std::span<const int> sequences, int layer, int tokens, uint64_t step,
+                                       bool given);
   void reset(int sequence) { trim_to(sequence, 0); }
   void trim(int sequence, int64_t tokens);
   void fork(int sequence, int to);
 
-  // Lasts until the next call.
+  // Comes to all changes before the place first. The context stays where it is, and as it is but for what is
+  // observed, until a call comes to a change of this sequence: between places of one ticket none does.
   SequenceContext& context(const SequencePlace& place);
 
  private:
@@ -69,13 +76,15 @@ class SequenceTable {
   // The submitting thread's.
   std::map<int, Pass> passes_;
   uint64_t next_ticket_ = 0;
+  std::vector<Pass*> entered_;  // by the last call to `place`
+  std::vector<SequencePlace> places_;
 
   std::mutex mutex_;
   std::vector<Change> changes_;
   std::atomic<bool> changed_{false};
 
   // The predicting thread's.
-  std::map<int, SequenceContext> contexts_;
+  std::map<int, SequenceContext> contexts_;  // whose references outlast what becomes of others
 };
 
 }  // namespace mlx_od_moe

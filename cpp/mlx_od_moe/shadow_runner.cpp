@@ -11,6 +11,7 @@
 #include "mlx_od_moe/expert_ranking.h"
 #include "mlx_od_moe/hidden_slot.h"
 #include "mlx_od_moe/latency_histogram.h"
+#include "mlx_od_moe/query_contexts.h"
 #include "mlx_od_moe/runner_layers.h"
 #include "mlx_od_moe/signals_blocked.h"
 
@@ -74,7 +75,8 @@ class ShadowRunner::Worker {
     return next;
   }
 
-  void submit(size_t layer, const Query& query, std::unique_ptr<PendingBytes> bytes, const SequencePlace& place) {
+  void submit(size_t layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
+              std::span<const SequencePlace> places) {
     submitted_.fetch_add(1, std::memory_order_relaxed);
     uint32_t number = 0;
     if (!free_.try_pop(number)) {
@@ -87,10 +89,8 @@ class ShadowRunner::Worker {
     slot.submitted_ns = now_ns();
     slot.step = step.load(std::memory_order_relaxed);
     slot.layer = layer;
-    slot.place = place;
     try {
-      slot.fill(query, std::move(bytes), layers[layer]);
-      slot.query.position = place.position;
+      slot.fill(query, std::move(bytes), places, layers[layer]);
     } catch (...) {
       drop();
       free_.try_push(std::move(number));
@@ -173,17 +173,18 @@ class ShadowRunner::Worker {
   // The prediction goes first: what the state leaves for later tokens can wait.
   void run(HiddenSlot& slot) {
     const RunnerLayer& layer = layers[slot.layer];
-    SequenceContext* context = nullptr;
+    bool there = false;  // the state, and the contexts that it is of
     std::atomic<uint64_t>* outcome = &failed_;
     const bool usable = kept([&] {
-      if (sequences_) context = &sequences_->context(slot.place);
+      if (sequences_) contexts_.find(*sequences_, slot.places);
       int64_t ready_ns = slot.submitted_ns;
       if (slot.pending && (layer.remembered || !over(slot))) {
         slot.query.hidden = slot.pending->wait();
         ready_ns = now_ns();
       }
+      there = true;
       if (!layer.predictor) return;
-      if (layer.predictor->config().has_context()) slot.query.sequence = context;
+      if (layer.predictor->config().has_context()) contexts_.give(slot.query);
       const bool predicted = !over(slot) && predict(slot, ready_ns);
       if (predicted) latency_.add(now_ns() - ready_ns);
       outcome = predicted ? &predicted_ : &expired_;
@@ -191,20 +192,29 @@ class ShadowRunner::Worker {
     if (!layer.remembered) slot.pending.reset();
     if (layer.predictor) settle(slot, outcome);
     call_back();
-    const bool observed =
-        usable && layer.remembered && kept([&] { context->observe(layers.number(slot.layer), slot.query); });
+    const bool observed = there && layer.remembered && observe(slot, usable);
     if (!layer.predictor) settle(slot, observed ? &observed_ : &failed_);
     slot.pending.reset();
   }
 
+  // Each sequence by itself: a row that can't be observed leaves a gap in its own. Whether all were. Of a state that
+  // failed an error was told already.
+  bool observe(const HiddenSlot& slot, bool tell) {
+    bool all = true;
+    for (size_t i = 0; i < contexts_.size(); ++i) {
+      all = kept([&] { contexts_.observe(i, layers.number(slot.layer), slot.query); }, tell) && all;
+    }
+    return all;
+  }
+
   // Whether it went well; what it throws is kept.
   template <class Do>
-  bool kept(const Do& act) {
+  bool kept(const Do& act, bool tell = true) {
     try {
       act();
       return true;
     } catch (...) {
-      errors_.keep();
+      if (tell) errors_.keep();
       return false;
     }
   }
@@ -284,6 +294,7 @@ class ShadowRunner::Worker {
 
   // The thread's own.
   ExpertRanking ranking_;
+  QueryContexts contexts_;
   std::vector<PredictionRecord> to_call_back_;
 
   std::atomic<uint64_t> submitted_{0}, predicted_{0}, observed_{0}, dropped_{0}, expired_{0}, failed_{0};
@@ -312,6 +323,17 @@ ShadowRunner::~ShadowRunner() {
 
 uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
                                      std::optional<uint64_t> step, int sequence) {
+  return hand_in(layer, query, std::move(bytes), step, {&sequence, 1}, query.tokens);
+}
+
+uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
+                                     std::optional<uint64_t> step, std::span<const int> sequences) {
+  check_batch(sequences, query.tokens);
+  return hand_in(layer, query, std::move(bytes), step, sequences, 1);
+}
+
+uint64_t ShadowRunner::hand_in(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
+                               std::optional<uint64_t> step, std::span<const int> sequences, int tokens_of_each) {
   check();
   worker_->require_thread();
   if (closed()) throw std::runtime_error("[ShadowRunner] is closed");
@@ -321,11 +343,11 @@ uint64_t ShadowRunner::predict_async(int layer, const Query& query, std::unique_
   }
   const uint64_t current = worker_->begin(index, step);
   if (query.tokens == 0) return current;
-  SequencePlace place;
+  std::span<const SequencePlace> places;
   if (SequenceTable* table = worker_->sequences()) {
-    place = table->place(sequence, layer, query.tokens, current, step.has_value());
+    places = table->place(sequences, layer, tokens_of_each, current, step.has_value());
   }
-  if (worker_->layers[index].hidden_size > 0) worker_->submit(index, query, std::move(bytes), place);
+  if (worker_->layers[index].hidden_size > 0) worker_->submit(index, query, std::move(bytes), places);
   return current;
 }
 

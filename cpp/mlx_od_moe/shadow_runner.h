@@ -4,7 +4,7 @@
 // get_predictions, or a consumer of `queue`, or the callback. One forward pass of the model is a step;
 // predictions of any other step are never handed out. Where predictors have a context (sequence_context.h),
 // each state is also observed for later tokens, once its own prediction is out; one that was dropped leaves
-// a gap there.
+// a gap there. A batch's tokens have each a context of their own.
 //
 // Threads    predict_async: one thread at a time. All else: any thread. The runner owns one thread (and
 //            its predictors' helpers), which alone waits for hidden states, predicts, and calls back. A
@@ -20,7 +20,8 @@
 // Units      Layers by the model's index; deadlines by std::chrono::steady_clock; latencies in ns, from
 //            "the hidden state is there" to "all its records are in the queue".
 // Costs      predict_async copies one token's state (16 KB of float32: about 1 us) and wakes the thread
-//            if it sleeps. The thread spins for Parking::kSpin after each prediction, then sleeps.
+//            if it sleeps. A batch reads the weights once per 64 tokens, and each token's own context. The thread spins
+//            for Parking::kSpin after each prediction, then sleeps.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -93,6 +95,11 @@ class MLX_OD_MOE_API ShadowRunner {
   // at each of its layers, which rise. With several sequences in turns, give the step.
   uint64_t predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes = nullptr,
                          std::optional<uint64_t> step = std::nullopt, int sequence = 0);
+  // The same for a batch: token i is the next one of sequences[i], all of them different. Each is predicted for
+  // with its own context, and observed there; the prediction is one, the union of what they want. A sequence
+  // may be in a batch at one pass and alone at the next. One whose row fails gets a gap, the others do not.
+  uint64_t predict_async(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes,
+                         std::optional<uint64_t> step, std::span<const int> sequences);
 
   // What became of a sequence's prompt cache, for all that is handed in after; like predict_async one thread
   // at a time. Without contexts they do nothing. reset frees the sequence's memory, trim forgets its last
@@ -123,6 +130,9 @@ class MLX_OD_MOE_API ShadowRunner {
 
  private:
   class Worker;
+  uint64_t hand_in(int layer, const Query& query, std::unique_ptr<PendingBytes> bytes, std::optional<uint64_t> step,
+                   std::span<const int> sequences, int tokens_of_each);
+
   const bool own_queue_;
   std::shared_ptr<Worker> worker_;  // the thread's own reference outlives this in a forked child
   std::mutex closing_;

@@ -98,6 +98,43 @@ TEST_CASE("every kernel and format reads the context as the formula does, past t
   }
 }
 
+TEST_CASE("rows have each its own context, by every kernel and in every format") {
+  RandomBundle bundle(config(70, 24, {20, 17, 7}), 2, 1);
+  const RandomBundle::States states = bundle.states(100);
+  constexpr int kSequences = 10;
+  for (const std::string& kernel : available_kernels()) {
+    const UseKernel use(kernel);
+    for (const Format format : kFormats) {
+      CAPTURE(kernel);
+      CAPTURE(format_name(format));
+      const std::map<int, Predictor> predictors = bundle.pack({format, 1, 64});
+      // Texts of 0, 5, 10 ... tokens; the last ones are longer than a window.
+      std::vector<SequenceContext> contexts(kSequences, SequenceContext(predictors));
+      for (int s = 0; s < kSequences; ++s) observe(bundle, states, s, 5 * s, contexts[static_cast<size_t>(s)]);
+      for (const auto& [layer, predictor] : predictors) {
+        std::vector<QueryRow> rows;
+        std::vector<float> alone;
+        for (int t = 0; t < 100; ++t) {  // more than a pass over the weights takes
+          const SequenceContext& context = contexts[static_cast<size_t>(t % kSequences)];
+          const int64_t length = 5 * (t % kSequences);
+          rows.push_back({t % 11 == 0 ? nullptr : &context, t % 3 == 0 ? -1 : length + t % 4});
+          Query one = part(bundle, states.at(layer), t, 1);
+          one.position = rows.back().position;
+          std::vector<float> out(static_cast<size_t>(predictor.config().lookahead * predictor.config().num_experts));
+          one.sequence = rows.back().sequence;
+          predictor.logits(one, out.data());
+          alone.insert(alone.end(), out.begin(), out.end());
+        }
+        Query batch = part(bundle, states.at(layer), 0, 100);
+        batch.rows = rows.data();
+        std::vector<float> together(alone.size());
+        predictor.logits(batch, together.data());
+        CHECK(relative_error(together, {alone.begin(), alone.end()}) < 1e-5);
+      }
+    }
+  }
+}
+
 TEST_CASE("what no slot can say comes from nothing: zeros") {
   RandomBundle bundle(config(32, 16, {8, 4, 2}), 2, 3);
   const std::map<int, Predictor> predictors = bundle.pack({Format::f32, 1, 64});
