@@ -97,8 +97,8 @@ def test_sequences_that_come_and_go_keep_their_contexts(opened, monkeypatch):
     expected = texts(load_stock(str(model_directory("nano-moe")))[0])
     assert [len(t) for t in expected] == [3, 12, 7]
     assert texts(model) == expected
-    # Each begins once, with nothing or as a copy (mlx-lm copies caches to split a batch), and is never
-    # lost track of: its length at the end says so.
+    # Each begins once, with nothing or as a copy (mlx-lm copies caches to split a batch), and is
+    # never lost track of: its length at the end says so.
     assert sorted(begun) == list(range(1, len(begun) + 1))
     assert len(begun) == len(PROMPTS) + len(copied)
     lengths = {length for _, length in runtime._prefetcher._sequences._known.values()}
