@@ -172,9 +172,9 @@ class ShadowPrefetcher:
         if they were the first.
         """
         assert self._context is not None
-        rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden[None]
+        rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden[:, None]
         batch, tokens, most = *rows.shape[:2], self._context.rows
-        if batch > 1 and not 0 < len(place.rows) <= MOST_KEPT:
+        if batch > 1 and (batch > MOST_KEPT or batch != len(place.rows)):
             self._enter(step, Place(), 2)
             runner.predict_async(rows.reshape(-1, rows.shape[-1]), layer, step)
             return
