@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -16,6 +17,8 @@ using namespace mlx_od_moe;
 using namespace mlx_od_moe::tests;
 
 namespace {
+
+using Layers = std::map<int, std::vector<int>>;
 
 constexpr int kHidden = 12;
 
@@ -31,7 +34,7 @@ PredictorConfig config() {
 
 // Layers 1 and 3 of eight experts: token 5 chooses 6 and 2 at layer 1, any other 0 and 1.
 struct ObserverRig : Rig {
-  explicit ObserverRig(std::map<int, std::vector<int>> previous_at = {}) : Rig(4) {
+  explicit ObserverRig(Layers previous_at = {}) : Rig(4) {
     const std::shared_ptr<ExpertStore> shared(std::shared_ptr<void>(), store.get());
     prefetcher = std::make_shared<Prefetcher>(shared, queue, PrefetcherOptions());
     runner = std::make_shared<ShadowRunner>(
@@ -116,7 +119,7 @@ TEST_CASE("states are predicted from, and what has no state is missed") {
 }
 
 TEST_CASE("what was chosen before is known of all layers, of as many sequences, or not at all") {
-  ObserverRig rig({{1, {3}}, {0, {1, 3}}});
+  ObserverRig rig(Layers{{1, {3}}, {0, {1, 3}}});
   CHECK(rig.observer->previous(1, 1).empty());
   rig.observer->remember(3, Ids{4, 5, 6, 7}, 2);
   CHECK(rig.observer->previous(1, 2) == Ids{4, 5, 6, 7});
@@ -159,7 +162,7 @@ TEST_CASE("after close it holds nothing, and nobody is told") {
 }
 
 TEST_CASE("one thread computes while others ask, and it is closed meanwhile") {
-  ObserverRig rig({{1, {3}}});
+  ObserverRig rig(Layers{{1, {3}}});
   std::atomic<bool> done{false};
   std::thread asks([&] {
     while (!done) {
