@@ -12,7 +12,7 @@ import mlx_od_moe
 from checkpoints import model_directory
 from mlx_od_moe.sequences import MOST_KEPT
 from test_offload import assert_no_lease
-from test_pass_observer import LAYERS
+from test_pass_observer import predicted
 from test_prefetcher import add_context, make_bundle
 
 PROMPTS = [[5, 600, 70, 8], [11, 12, 13, 14], [900, 3, 3, 41]]
@@ -33,12 +33,6 @@ def opened():
     yield open_
     for runtime in runtimes:
         runtime.close()
-
-
-def predicted(runtime):
-    """For each layer what the last pass's states predict: [(expert, score)]."""
-    runner = runtime._prefetcher._runner
-    return [runner.get_scored_predictions_for_layer(n, None) for n in range(1, LAYERS)]
 
 
 def decode(opened, prompts, continuations):
