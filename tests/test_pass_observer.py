@@ -62,9 +62,21 @@ def predictions(model, runtime, passes):
             trim_prompt_cache(cache, 2)
             continue
         mx.eval(model(mx.array([ids]), cache=cache))
+        found = predicted(
+            runtime
+        )  # of prompts, too: waiting leaves room for the next pass's states
         if len(ids) == 1:
-            out.append(predicted(runtime))
+            out.append(found)
     return out
+
+
+def undropped(run):
+    """What `run()` returns, with its runtime, once no state was dropped, as a busy machine may."""
+    for _ in range(5):
+        result, runtime = run()
+        if runtime.report()["prediction"]["runner"]["dropped"] == 0:
+            return result
+    raise AssertionError("states were dropped each time")
 
 
 @pytest.mark.parametrize("kind", BUNDLES)
@@ -74,9 +86,12 @@ def test_they_are_those_of_a_pass_that_waits(kind, opened):
     passes += [([77], "a"), ([78], "a")]
     runs = []
     for listened in (False, True):
-        model, runtime = opened(BUNDLES[kind](), listened)
-        runs.append(predictions(model, runtime, passes))
-        assert runtime.report()["prediction"]["runner"]["dropped"] == 0
+
+        def run(listened=listened):
+            model, runtime = opened(BUNDLES[kind](), listened)
+            return predictions(model, runtime, passes), runtime
+
+        runs.append(undropped(run))
     assert len(runs[0]) == 9
     for told, waited in zip(*runs, strict=True):
         for mine, theirs in zip(told, waited, strict=True):
@@ -114,13 +129,19 @@ def test_a_token_is_predicted_from_before_its_pass_reaches_a_layer(opened):
 def test_passes_ahead_of_their_evaluation_are_predicted_in_order(opened):
     tokens = (5, 6, 7, 8)
     bundle = BUNDLES["context"]()
-    alone, runtime = opened(bundle)
-    expected = predictions(alone, runtime, [([t], "a") for t in tokens])
-    model, runtime = opened(bundle)
-    cache = make_prompt_cache(model)
-    outputs = [model(mx.array([[t]]), cache=cache) for t in tokens]
-    mx.eval(outputs)
-    for mine, theirs in zip(predicted(runtime), expected[-1], strict=True):
+
+    def one_by_one():
+        model, runtime = opened(bundle)
+        return predictions(model, runtime, [([t], "a") for t in tokens])[-1], runtime
+
+    def ahead():
+        model, runtime = opened(bundle)
+        cache = make_prompt_cache(model)
+        outputs = [model(mx.array([[t]]), cache=cache) for t in tokens]
+        mx.eval(outputs)
+        return predicted(runtime), runtime
+
+    for mine, theirs in zip(undropped(ahead), undropped(one_by_one), strict=True):
         assert [e for e, _ in mine] == [e for e, _ in theirs]
 
 
