@@ -29,7 +29,8 @@ FOUNDATION = {
     "store_metrics": set(),
     "expert_store": {"_ext", "expert_file", "store_metrics"},
     "model_shell": {"expert_file", "expert_store", "moe"},
-    "switch": {"_ext", "expert_store", "moe"},
+    "compute_threads": set(),
+    "switch": {"_ext", "compute_threads", "expert_store", "moe"},
     "forward_pass": {"cache_rows", "switch"},
     "guard": set(),
     "run_counts": {"expert_store"},
@@ -64,6 +65,7 @@ FOUNDATION = {
     "runtime": {
         "_ext",
         "cache_rows",
+        "compute_threads",
         "expert_store",
         "forward_pass",
         "guard",

@@ -236,7 +236,7 @@ class ExpertStore::Core {
   // Not where nobody has prefetched for a while: naps would cost who only demands, and bring nothing.
   bool begin_watch() {
     const std::lock_guard lock(mutex_);
-    if (rests_to_watch_ == 0) return false;
+    if (rests_to_watch_ == 0 || watching_ > 0) return false;
     --rests_to_watch_;
     ++watching_;
     return true;

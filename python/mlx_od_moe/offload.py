@@ -32,6 +32,7 @@ def load(
     slots: dict[int, int] | None = None,
     usage: str | Path | None = None,
     guarded: bool = True,
+    threads: int | None = None,
     progress: bool = False,
 ) -> tuple[nn.Module, Any, Runtime]:
     """Load (model, tokenizer, runtime): everything but the routed experts, which come from disk.
@@ -48,6 +49,8 @@ def load(
             but with a predictor more for those that it does not predict.
         usage: a file that Runtime.save_usage wrote: begin with the experts that were used most.
         guarded: stop predicting while that makes tokens slower; False for measurements.
+        threads: CPU threads that compute a call's experts, if it is a CPU that computes; None: as
+            many as there are CPUs, at most 4. The rest of the model has one, as in mlx-lm.
         progress: show how far reading is.
 
     Raises FileNotFoundError for an incomplete directory, and ValueError for a model that mlx-lm
@@ -73,7 +76,7 @@ def load(
     try:
         if usage is not None:
             warm(store, load_usage(usage, store), progress)
-        runtime = Runtime(model, layers, store, bundle, guarded)
+        runtime = Runtime(model, layers, store, bundle, guarded, threads)
         runtime.read_whole_layers(progress)
         mx.eval(model.parameters())
     except BaseException:

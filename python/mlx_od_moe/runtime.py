@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ._ext import is_computed
 from .cache_rows import Place
+from .compute_threads import ComputeThreads
 from .expert_store import ExpertStore
 from .forward_pass import ForwardPass, Routed, decoded_tokens
 from .guard import Guard
@@ -47,6 +48,7 @@ class Runtime:
         store: ExpertStore,
         bundle: PredictorBundle | None = None,
         guarded: bool = True,
+        threads: int | None = None,
     ):
         self.store = store
         self.layers = layers
@@ -59,6 +61,7 @@ class Runtime:
         self._step = 0
         self._reached = len(layers)
         self._hooks = ExitStack()
+        self._threads = ComputeThreads(threads)
         self._experts = [StoredExperts(layer, store) for layer in layers]
         for i in range(len(layers)):
             self._install(i)
@@ -73,6 +76,7 @@ class Runtime:
 
         def switch(call: Callable[..., Any], x: mx.array, indices: mx.array) -> mx.array:
             routed = Routed(i, self._pass.take_hidden(), indices)
+            call = self._threads.spread(call)
             self._finish()
             self._reach(routed)
             if experts.kept and self.on_routing is None and not self._predicts():

@@ -6,7 +6,6 @@ with slot numbers in place of expert ids. Its sorting, activation and gather mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
@@ -17,13 +16,9 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from ._ext import ExpertLoan, GraphLeases, LeaseChain, PassObserver, is_computed
+from .compute_threads import SORTED_FROM, Compute
 from .expert_store import ExpertLease, ExpertStore
 from .moe import MoELayer
-
-Compute = Callable[[mx.array, mx.array], mx.array]
-# From so many token-expert pairs on mlx-lm sorts them, and its matmuls then take another path with
-# another rounding.
-SORTED_FROM = 64
 
 
 class Uncomputed(NamedTuple):

@@ -48,6 +48,7 @@ def add_flags(flag: Callable[..., Any]) -> None:
         default="auto",
         help="like 500MB/s,100us; auto: one at which the row lru waits for half of its time; none",
     )
+    flag("--threads", type=int, help="CPU threads that compute a call's experts (default: CPUs, 4)")
     flag("--readers", type=int, default=2, help="threads that read; all but one of them prefetch")
     flag("--text", default=str(NANO / "text" / "docs_en.val.txt"), help="what is decoded")
     flag("--prompt-tokens", type=int, default=32)
@@ -176,7 +177,7 @@ def _open(options: argparse.Namespace, disk: str | None, stack: ExitStack) -> di
         settings: dict[str, Any] = {"capacity": options.capacity, "disk": disk}
         if name == "resident":
             settings = {"capacity": "100%"}
-        settings["readers"] = options.readers
+        settings |= {"readers": options.readers, "threads": options.threads}
         settings["policy"] = "lru" if name == "lru" else options.policy
         if name == "prefetch":
             settings |= {"predictor": options.predictor, "guarded": options.guarded}
@@ -216,7 +217,9 @@ def _in_turns(rows: dict[str, Row], i: int) -> Iterator[Row]:
 
 def _fair_disk(options: argparse.Namespace) -> str:
     """The bandwidth at which lru without prefetch waits as long as it computes."""
-    model, tokenizer, runtime = load(options.model, None, options.capacity, "lru")
+    model, tokenizer, runtime = load(
+        options.model, None, options.capacity, "lru", threads=options.threads
+    )
     with runtime:
         row = Row(model, runtime)
         turns = [
