@@ -92,7 +92,7 @@ void make_observer(Observer* self, const Store& store, std::shared_ptr<Predictio
                    std::shared_ptr<Prefetcher> prefetcher, nb::handle runner, std::vector<int> watched,
                    std::map<int, std::vector<int>> previous_at, std::vector<int> token_layers,
                    const std::optional<Table<int32_t>>& tokens, const std::optional<Table<uint16_t>>& experts,
-                   const std::optional<Table<uint8_t>>& probabilities) {
+                   const std::optional<Table<uint8_t>>& probabilities, nb::handle next, int next_from) {
   PassObserver::Parts parts;
   parts.store = shared(store);
   parts.queue = std::move(queue);
@@ -105,6 +105,7 @@ void make_observer(Observer* self, const Store& store, std::shared_ptr<Predictio
   if (tokens && experts && probabilities) {
     parts.tokens.emplace(copied(*tokens), copied(*experts), copied(*probabilities), std::move(token_layers));
   }
+  if (!next.is_none()) parts.next = {shared_runner(next), next_from};
   new (self) Observer(std::move(parts));
 }
 
@@ -113,14 +114,17 @@ void bind_observer(nb::module_& m) {
                        R"(Told what forward passes do, prefetches by it: see cpp/mlx_od_moe/pass_observer.h.
 
 watched: the layers whose states the runner is given. previous_at: for layers whose predictors take the last token's experts, the layers that they speak of. The
-last three are what TokenExperts has, and token_layers the first MoE layers, which it speaks of.)")
+next three are what TokenExperts has, and token_layers the first MoE layers, which it speaks of. next: a runner whose
+layer 0 is the last MoE layer, next_from.)")
       .def("__init__", &make_observer, "store"_a, "queue"_a, "prefetcher"_a, "runner"_a.none(), "watched"_a,
            "previous_at"_a, "token_layers"_a, "tokens"_a.none(), "experts"_a.none(), "probabilities"_a.none(),
+           "next"_a.none(), "next_from"_a,
            nb::sig("def __init__(self, store: ExpertStore, queue: PredictionQueue, prefetcher: Prefetcher, runner: "
                    "ShadowRunner | None, watched: list[int], previous_at: dict[int, list[int]], token_layers: "
                    "list[int], tokens: "
                    "numpy.typing.NDArray[numpy.int32] | None, experts: numpy.typing.NDArray[numpy.uint16] | None, "
-                   "probabilities: numpy.typing.NDArray[numpy.uint8] | None) -> None"))
+                   "probabilities: numpy.typing.NDArray[numpy.uint8] | None, next: ShadowRunner | None, next_from: "
+                   "int) -> None"))
       .def(
           "begin",
           [](Observer& o, const Ids& tokens, uint64_t step) { o->begin({tokens.data(), tokens.size()}, step); },
@@ -227,6 +231,11 @@ hidden: the layer's input, of one token of the sequence, to predict from; None: 
 The last thing for a thread to do that a process may end right after. MLX forgets it otherwise when the
 thread is gone for Python; where the interpreter is by then at its end, the process aborts.)");
 
+  nb::class_<NextTokenPrefetcher>(m, "NextTokenPrefetcher",
+                                  R"(The same for a runner whose layers 1, 2 ... are these of the next token.
+
+Give it to the runner as on_prediction.)")
+      .def(nb::init<std::shared_ptr<Prefetcher>, std::vector<int>>(), "prefetcher"_a, "layers"_a);
   nb::class_<Prefetcher>(m, "Prefetcher", R"(Prefetches what a ShadowRunner predicts, where that pays.
 
 Give a runner its queue, and itself as on_prediction. See cpp/mlx_od_moe/prefetcher.h.)")

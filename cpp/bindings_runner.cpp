@@ -168,6 +168,8 @@ class Runner {
     ShadowRunner::OnPrediction call;
     if (std::shared_ptr<mlx_od_moe::Prefetcher> prefetcher; nb::try_cast(on_prediction, prefetcher) && prefetcher) {
       call = [prefetcher](const PredictionRecord&) { prefetcher->drain(); };
+    } else if (NextTokenPrefetcher* next = nullptr; nb::try_cast(on_prediction, next) && next) {
+      call = *next;
     } else if (!on_prediction.is_none()) {
       callback_ = std::make_shared<Callback>(std::move(on_prediction));
       call = [callback = callback_](const PredictionRecord& record) { (*callback)(record); };

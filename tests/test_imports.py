@@ -43,10 +43,12 @@ FOUNDATION = {
     "cache_rows": set(),
     "sequences": {"cache_rows", "shadow_runner"},
     "sole_user": {"_ext"},
+    "next_token": {"_ext", "predictor_bundle", "shadow_runner", "token_experts"},
     "prefetcher": {
         "_ext",
         "cache_rows",
         "expert_store",
+        "next_token",
         "predictor_bundle",
         "sequences",
         "shadow_runner",

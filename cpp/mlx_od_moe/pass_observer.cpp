@@ -29,7 +29,10 @@ void PassObserver::observe(int layer, std::span<const int32_t> ids, uint64_t ste
     last_.erase(layer);
     return;
   }
-  if (predicts_) predict(layer, step, *state, sequence);
+  if (predicts_) {
+    predict(layer, step, *state, sequence);
+    if (parts_.next.runner && layer == parts_.next.layer) predict_next(step, *state);
+  }
   if (!parts_.previous_at.empty()) last_[layer] = {{ids.begin(), ids.end()}, 1};
 }
 
@@ -50,6 +53,15 @@ void PassObserver::predict(int layer, uint64_t step, const Query& state, int seq
     parts_.runner->predict_async(layer, query, nullptr, step, sequence);
   } catch (const std::exception& error) {
     stop("layer " + std::to_string(layer) + ": " + error.what());
+  }
+}
+
+void PassObserver::predict_next(uint64_t step, const Query& state) {
+  if (step < parts_.next.runner->step()) return;
+  try {
+    parts_.next.runner->predict_async(0, state, nullptr, step);
+  } catch (const std::exception& error) {
+    stop(std::string("the next token: ") + error.what());
   }
 }
 

@@ -27,6 +27,13 @@
 
 namespace mlx_od_moe {
 
+// Predicts from the last layer's states what the next token's first layers will choose, while the disk has nothing
+// else to read. Its runner's layers are 0, the last of the model's, and 1, 2 ...: the model's first.
+struct NextToken {
+  std::shared_ptr<ShadowRunner> runner;  // null: nobody does
+  int layer = -1;                        // the model's last
+};
+
 class MLX_OD_MOE_API PassObserver {
  public:
   struct Parts {
@@ -36,6 +43,7 @@ class MLX_OD_MOE_API PassObserver {
     std::shared_ptr<ShadowRunner> runner;  // null: nobody predicts by states
     std::vector<int> watched;              // layers whose states the runner is given
     std::optional<TokenExperts> tokens;
+    NextToken next;
     // For layers whose predictors take the token before's experts: the layers that they speak of.
     std::map<int, std::vector<int>> previous_at;
   };
@@ -71,6 +79,7 @@ class MLX_OD_MOE_API PassObserver {
 
   void stop(std::string error);
   void predict(int layer, uint64_t step, const Query& state, int sequence);
+  void predict_next(uint64_t step, const Query& state);
   std::vector<int32_t> known_previous(int layer, int rows) const;
 
   mutable std::mutex mutex_;

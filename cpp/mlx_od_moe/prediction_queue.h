@@ -36,7 +36,7 @@ struct PredictionRecord {
   int64_t ready_ns = 0;      // when the hidden state was there
   int16_t source_layer = 0;  // -1: made from the token
   int16_t target_layer = 0;
-  uint8_t distance = 0;  // MoE layers from source to target: 1 ... lookahead
+  uint8_t distance = 0;  // MoE layers from source to target: 1 ... lookahead; 0: target is of the next token
   uint8_t count = 0;     // ids in this record
   uint8_t part = 0;
   bool batch = false;  // scores are numbers of tokens that want the expert, not logits

@@ -28,10 +28,10 @@ Prefetcher::Prefetcher(std::shared_ptr<ExpertStore> store, std::shared_ptr<Predi
   }
   for (int number : store_->layers()) {
     Layer layer;
-    layer.distances.resize(options_.policy.widths.size());
+    layer.distances.resize(options_.policy.widths.size() + 1);
     for (size_t d = 0; d < layer.distances.size(); ++d) {
       layer.distances[d].recall.layer = number;
-      layer.distances[d].recall.distance = static_cast<int>(d) + 1;
+      layer.distances[d].recall.distance = d + 1 < layer.distances.size() ? static_cast<int>(d) + 1 : 0;
     }
     const auto experts = static_cast<size_t>(store_->num_experts(number));
     layer.uses.resize(experts);
@@ -53,16 +53,26 @@ void Prefetcher::drain() {
 
 void Prefetcher::take(const PredictionRecord& record) {
   const size_t d = record.distance - size_t{1};
+  const PrefetchOptions& policy = options_.policy;
+  if (d < policy.widths.size()) {
+    take(record, d, static_cast<size_t>(std::max(policy.widths[d], 0)), policy.thresholds[d], record.step);
+  }
+}
+
+void Prefetcher::take_next(const PredictionRecord& record) {
+  take(record, options_.policy.widths.size(), PredictionRecord::kMaxIds, options_.next_token_threshold,
+       record.step + 1);
+}
+
+void Prefetcher::take(const PredictionRecord& record, size_t distance, size_t width, float threshold, uint64_t due) {
   const size_t first = size_t{record.part} * PredictionRecord::kMaxIds;
-  if (d >= options_.policy.widths.size()) return;
-  const auto width = static_cast<size_t>(std::max(options_.policy.widths[d], 0));
   std::array<int32_t, PredictionRecord::kMaxIds> ids;
   std::array<float, PredictionRecord::kMaxIds> likely;
   size_t count = 0;
   while (count < record.count && first + count < width) {
     ids[count] = record.ids[count];
     likely[count] = probability(record, count);
-    if (!(likely[count] >= options_.policy.thresholds[d])) break;
+    if (!(likely[count] >= threshold)) break;
     ++count;
   }
   bool reads = false;
@@ -70,7 +80,7 @@ void Prefetcher::take(const PredictionRecord& record) {
     const std::lock_guard lock(mutex_);
     Layer& layer = layers_[index(record.target_layer)];
     check(layer, {ids.data(), count});
-    reads = keep(layer.distances[d], record, count);
+    reads = keep(layer.distances[distance], record, count, due);
   }
   if (reads && count > 0) {
     store_->prefetch(record.target_layer, std::span(ids.data(), count), std::span(likely.data(), count), record.step);
@@ -86,14 +96,14 @@ void Prefetcher::check(const Layer& layer, std::span<const int32_t> ids) {
   }
 }
 
-bool Prefetcher::keep(Distance& distance, const PredictionRecord& record, size_t count) {
+bool Prefetcher::keep(Distance& distance, const PredictionRecord& record, size_t count, uint64_t due) {
   Named& named = distance.named;
   if (record.part == 0) {
-    named.step = record.step;
+    named.step = due;
     named.judged = false;
     named.experts.clear();
     named.absent.clear();
-  } else if (named.judged || named.step != record.step) {
+  } else if (named.judged || named.step != due) {
     return false;  // its first part was lost
   }
   const std::vector<int> resident = store_->resident(record.target_layer);  // ascending

@@ -31,6 +31,8 @@ struct PrefetcherOptions {
   // they do again from `pays_again` on. Four wasted reads for a useful one cost more than a wait.
   float pays = .2f;
   float pays_again = .25f;
+  // The least probability of what the next token's first layers choose that is worth a read.
+  float next_token_threshold = .3f;
   int evidence = 64;    // named experts on which a judgement rests, at least
   float memory = .98f;  // what each use of the layer leaves of the evidence
 };
@@ -38,7 +40,7 @@ struct PrefetcherOptions {
 // How the predictions of a layer from so many layers before have done.
 struct PredictionRecall {
   int layer = 0;
-  int distance = 0;
+  int distance = 0;          // 0: from the last layer, at the token before
   uint64_t predictions = 0;  // that were judged
   uint64_t chosen = 0;       // experts that the layer chose, summed over these
   uint64_t named = 0;        // of these, named among the first as many as it chose: recall@k's numerator
@@ -61,6 +63,9 @@ class MLX_OD_MOE_API Prefetcher {
 
   // Takes all records that wait in the queue, and prefetches.
   void drain();
+  // What a layer will choose for the next token, as was predicted in record.step. Read in that step, when nothing
+  // else is to be read: once the next token is known, it knows better.
+  void take_next(const PredictionRecord& record);
   // A layer has chosen these experts in that step; an id may come several times.
   void reached(int layer, std::span<const int32_t> ids, uint64_t step);
 
@@ -73,7 +78,7 @@ class MLX_OD_MOE_API Prefetcher {
  private:
   // What was last predicted of a layer from one distance.
   struct Named {
-    uint64_t step = 0;
+    uint64_t step = 0;  // in which the layer chooses
     bool judged = true;
     std::vector<int16_t> experts;  // likeliest first
     std::vector<uint8_t> absent;   // whether they were not resident then
@@ -84,15 +89,16 @@ class MLX_OD_MOE_API Prefetcher {
     double useful = 0, wasted = 0;  // the evidence
   };
   struct Layer {
-    std::vector<Distance> distances;
-    std::vector<uint64_t> uses;    // by expert
-    std::vector<uint64_t> chosen;  // by expert: the call of `reached` that chose it last
+    std::vector<Distance> distances;  // 1 ... lookahead, and the next token's
+    std::vector<uint64_t> uses;       // by expert
+    std::vector<uint64_t> chosen;     // by expert: the call of `reached` that chose it last
   };
 
   void take(const PredictionRecord& record);
+  void take(const PredictionRecord& record, size_t distance, size_t width, float threshold, uint64_t due);
   static void check(const Layer& layer, std::span<const int32_t> ids);
   // Whether to prefetch.
-  bool keep(Distance& distance, const PredictionRecord& record, size_t count);
+  bool keep(Distance& distance, const PredictionRecord& record, size_t count, uint64_t due);
   void judge(Layer& layer, Distance& distance, size_t chosen);
   void turn(Distance& distance);
   size_t index(int layer) const;

@@ -50,7 +50,7 @@ def load(
         usage: a file that Runtime.save_usage wrote: begin with the experts that were used most.
         guarded: stop predicting while that makes tokens slower; False for measurements.
         threads: CPU threads that compute a call's experts, if it is a CPU that computes; None: as
-            many as there are CPUs, at most 4. The rest of the model has one, as in mlx-lm.
+            many as there are CPUs, at most 2. The rest of the model has one, as in mlx-lm.
         progress: show how far reading is.
 
     Raises FileNotFoundError for an incomplete directory, and ValueError for a model that mlx-lm

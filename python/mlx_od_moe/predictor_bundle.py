@@ -39,6 +39,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         token_experts: what the first MoE layers choose by the token alone; None: not known.
     """
 
+    next_token: ExpertPredictor | None = None
+
     def __init__(
         self,
         moe_layers: list[int],

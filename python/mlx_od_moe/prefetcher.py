@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ._ext import PassObserver, PredictionQueue, Prefetcher
 from .cache_rows import Place
 from .expert_store import ExpertStore
+from .next_token import next_token_runner
 from .predictor_bundle import PredictorBundle
 from .sequences import MOST_KEPT, Sequences
 from .shadow_runner import ShadowRunner
@@ -54,6 +55,7 @@ class ShadowPrefetcher:
         queue = PredictionQueue()
         self._native = Prefetcher(store.native, queue)
         self._runner: ShadowRunner | None = None
+        self._next: ShadowRunner | None = None
         self._layers: list[int] = []
         self._sources: dict[int, list[int]] = {}
         self._previous: dict[int, list[int]] = {}
@@ -74,6 +76,7 @@ class ShadowPrefetcher:
                 bundle, format, threads, k=k, queue=queue, on_prediction=self._native
             )
             self._sequences = Sequences(self._runner)
+            self._next = next_token_runner(bundle, self._native, format, threads)
             if self._context is None:
                 takes = {n for n in self._sources if bundle[n].config.previous_experts}
                 self._previous = {n: self._sources[n] for n in takes}
@@ -89,6 +92,8 @@ class ShadowPrefetcher:
             tokens and tokens.tokens,
             tokens and tokens.experts,
             tokens and tokens.probabilities,
+            self._next,
+            self._layers[-1] if self._layers else -1,
         )
 
     @property
@@ -160,6 +165,8 @@ class ShadowPrefetcher:
             elif layer in self._sources and _is_decoding(hidden.shape[:-1]):
                 previous = self._previous_experts(layer, hidden)
                 self._runner.predict_async(hidden, layer, step, previous)
+            if self._next and layer == self._layers[-1] and _is_decoding(hidden.shape[:-1]):
+                self._next.predict_async(hidden, 0, step)
         except (RuntimeError, ValueError) as error:
             self._stop(f"layer {layer}: {error}")
 
@@ -233,10 +240,13 @@ class ShadowPrefetcher:
     def report(self) -> dict[str, Any]:
         """Recall per distance and layer, what is switched off, and the runner's counts.
 
+        "next_token": of the first layers, predicted at the token before.
+
         "recall_at_k" is that of the predictors. The first layers are predicted by the token, layer
         i at distance i + 1: see "by_token", {layer: recall@k}.
         """
-        rows = [r for r in self._native.recalls() if r["predictions"]]
+        judged = [r for r in self._native.recalls() if r["predictions"]]
+        rows = [r for r in judged if r["distance"]]
         first = {layer: i + 1 for i, layer in enumerate(self._layers)}
         by_token = [r for r in rows if r["distance"] == first.get(r["layer"])]
         predicted = [r for r in rows if r not in by_token]
@@ -255,14 +265,18 @@ class ShadowPrefetcher:
                 }
                 for r in rows
             ],
+            "next_token": {
+                r["layer"]: r | {"recall_at_k": _recall([r])} for r in judged if not r["distance"]
+            },
             "off": [(r["layer"], r["distance"]) for r in rows if not r["on"]],
             "runner": self._runner.statistics() if self._runner else {},
         }
 
     def close(self) -> None:
         """End the runner's thread. Twice is once."""
-        if self._runner is not None:
-            self._runner.close()
+        for runner in (self._next, self._runner):
+            if runner is not None:
+                runner.close()
 
 
 def _is_decoding(rows: tuple[int, ...]) -> bool:

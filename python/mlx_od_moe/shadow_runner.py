@@ -9,11 +9,18 @@ from pathlib import Path
 from types import TracebackType
 
 from . import _ext
-from ._ext import NativePredictor, Prediction, PredictionQueue, Prefetcher
+from ._ext import (
+    NativePredictor,
+    NextTokenPrefetcher,
+    Prediction,
+    PredictionQueue,
+    Prefetcher,
+)
 from .predictor_bundle import PredictorBundle
 from .predictor_file import kind_of
 from .shadow_model import ExpertPredictor
 
+OnPrediction = Callable[[Prediction], object] | Prefetcher | NextTokenPrefetcher
 # A single predictor names no layers: it may stand for any of these.
 _ANY_LAYERS = range(256)
 
@@ -53,7 +60,7 @@ class ShadowRunner(_ext.ShadowRunner):
         k: int | None = None,
         capacity: int = 8,
         queue: PredictionQueue | None = None,
-        on_prediction: Callable[[Prediction], object] | Prefetcher | None = None,
+        on_prediction: OnPrediction | None = None,
     ):
         layers, predictors = _predictors(source, format, threads, moe_layers)
         super().__init__(predictors, layers, k, capacity, queue, on_prediction)

@@ -49,6 +49,10 @@ struct ObserverRig : Rig {
     parts.tokens.emplace(std::vector<int32_t>{5}, std::vector<uint16_t>{6, 2, 0, 1},
                          std::vector<uint8_t>{250, 200, 250, 200}, std::vector<int>{1});
     parts.previous_at = std::move(previous_at);
+    next = std::make_shared<ShadowRunner>(
+        std::vector<LayerPredictor>{{0, Predictor(RandomPredictor(config(), 4).weights()), {1}}},
+        std::vector<int>{0, 1});
+    parts.next = {next, 3};
     observer = std::make_unique<PassObserver>(std::move(parts));
   }
 
@@ -62,7 +66,7 @@ struct ObserverRig : Rig {
 
   std::shared_ptr<PredictionQueue> queue = std::make_shared<PredictionQueue>(16);
   std::shared_ptr<Prefetcher> prefetcher;
-  std::shared_ptr<ShadowRunner> runner;
+  std::shared_ptr<ShadowRunner> runner, next;
   std::unique_ptr<PassObserver> observer;
 };
 
@@ -116,6 +120,21 @@ TEST_CASE("states are predicted from, and what has no state is missed") {
   rig.observe(1, 2);  // older than what the runner has seen
   CHECK(rig.runner->statistics().submitted == 2);
   CHECK(rig.observer->take_missed());
+}
+
+TEST_CASE("the last layer's states are predicted from for the next token") {
+  ObserverRig rig;
+  rig.observe(1, 4);
+  CHECK(rig.next->statistics().submitted == 0);
+  rig.observe(3, 4);
+  CHECK(rig.next->get_predictions(1, Parking::kForever).size() == 2);
+  CHECK(rig.next->step() == 4);
+  rig.observer->observe(3, Ids{0, 1}, 5);
+  rig.observe(3, 3);  // an earlier pass, computed late
+  CHECK(rig.next->statistics().submitted == 1);
+  rig.next->close();
+  rig.observe(3, 6);
+  CHECK(rig.observer->take_error() == "the next token: [ShadowRunner] is closed");
 }
 
 TEST_CASE("what was chosen before is known of all layers, of as many sequences, or not at all") {

@@ -21,7 +21,7 @@ struct PrefetcherRig : Rig {
   }
 
   // What a predictor says of layer 3, likeliest first.
-  void predict(const Ids& ids, uint64_t step, float logit = 3, int distance = 1, bool batch = false) {
+  static PredictionRecord record_of(const Ids& ids, uint64_t step, float logit, int distance = 1, bool batch = false) {
     PredictionRecord record;
     record.step = step;
     record.source_layer = 1;
@@ -33,7 +33,10 @@ struct PrefetcherRig : Rig {
       record.ids[i] = static_cast<int16_t>(ids[i]);
       record.scores[i] = logit;
     }
-    queue->try_push(record);
+    return record;
+  }
+  void predict(const Ids& ids, uint64_t step, float logit = 3, int distance = 1, bool batch = false) {
+    queue->try_push(record_of(ids, step, logit, distance, batch));
     prefetcher->drain();
   }
   PredictionRecall recall(int distance = 1) const {
@@ -87,6 +90,36 @@ TEST_CASE("a prediction of an earlier step is not judged") {
   CHECK(rig.recall().predictions == 0);
 }
 
+TEST_CASE("what the next token will choose is read at once, and judged when it has chosen") {
+  PrefetcherRig rig;
+  rig.prefetcher->take_next(PrefetcherRig::record_of({4, 5}, 0, 3));
+  rig.settle(2);
+  rig.prefetcher->reached(3, Ids{6}, 0);
+  CHECK(rig.recall(0).predictions == 0);
+  rig.prefetcher->reached(3, Ids{4, 7}, 1);
+  CHECK(rig.recall(0).predictions == 1);
+  CHECK(rig.recall(0).named == 1);
+  CHECK(rig.recall(0).useful == 1);
+  CHECK(rig.recall(0).wasted == 1);
+  CHECK(rig.recall().predictions == 0);
+}
+
+TEST_CASE("of the next token only what is likely enough is named") {
+  PrefetcherRig rig;
+  rig.prefetcher->take_next(PrefetcherRig::record_of({4}, 0, -1));  // .27
+  rig.prefetcher->reached(3, Ids{4}, 1);
+  CHECK(rig.recall(0).predictions == 1);
+  CHECK(rig.recall(0).named == 0);
+  CHECK(rig.store->counters().accepted == 0);
+}
+
+TEST_CASE("what comes when the next token has begun is not read") {
+  PrefetcherRig rig;
+  rig.store->cancel(1);
+  rig.prefetcher->take_next(PrefetcherRig::record_of({4}, 0, 3));
+  CHECK(rig.store->counters().accepted == 0);
+}
+
 TEST_CASE("predictions that waste cause no reads until they are right again") {
   PrefetcherOptions options;
   options.evidence = 8;
@@ -132,7 +165,7 @@ TEST_CASE("threads predict, choose and look at once") {
     for (uint64_t step = 0; step < 300; ++step) rig.predict({static_cast<int32_t>(step % 8)}, step);
   });
   std::thread looking([&] {
-    for (int i = 0; i < 300; ++i) CHECK(rig.prefetcher->recalls().size() == 8);
+    for (int i = 0; i < 300; ++i) CHECK(rig.prefetcher->recalls().size() == 10);
   });
   for (uint64_t step = 0; step < 300; ++step) {
     rig.store->cancel(step);

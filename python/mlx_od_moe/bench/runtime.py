@@ -48,7 +48,7 @@ def add_flags(flag: Callable[..., Any]) -> None:
         default="auto",
         help="like 500MB/s,100us; auto: one at which the row lru waits for half of its time; none",
     )
-    flag("--threads", type=int, help="CPU threads that compute a call's experts (default: CPUs, 4)")
+    flag("--threads", type=int, help="CPU threads that compute a call's experts (default: 2)")
     flag("--readers", type=int, default=2, help="threads that read; all but one of them prefetch")
     flag("--text", default=str(NANO / "text" / "docs_en.val.txt"), help="what is decoded")
     flag("--prompt-tokens", type=int, default=32)
