@@ -41,6 +41,7 @@ KernelSet complete_avx512() {
     set.multiply[kBf16] = kAvx512Bf16Multiply;
     set.prepare[kBf16] = kAvx512Bf16Prepare;
     set.value_bytes[kBf16] = 2;
+    set.products = &kAvx512Bf16Products;
   }
   return set;
 }
@@ -64,6 +65,7 @@ KernelSet complete_amx() {
   set.multiply[kBf16] = kAmxBf16;
   set.multiply[kInt8] = kAmxInt8;
   set.multiply[kInt4] = kAmxInt4;
+  set.products = &kAmxProducts;
   return set;
 }
 #endif
