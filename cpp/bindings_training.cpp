@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "mlx_od_moe/loss_ops.h"
 #include "mlx_od_moe/product_ops.h"
 #include "mlx_od_moe/training_ops.h"
 
@@ -63,5 +64,14 @@ void bind_training(nb::module_& m) {
       "row_sigmoid", [](const mlx::core::array& x) { return mlx_od_moe::row_sigmoid(x); }, "x"_a,
       nb::sig("def row_sigmoid(x: mlx.core.array) -> mlx.core.array"),
       "Sigmoid in float32, without a gradient. CPU streams only.");
+  m.def(
+      "cross_entropy",
+      [](const mlx::core::array& logits, const mlx::core::array& chosen) {
+        return mlx_od_moe::cross_entropy(logits, chosen);
+      },
+      "logits"_a, "chosen"_a,
+      nb::sig("def cross_entropy(logits: mlx.core.array, chosen: mlx.core.array) -> mlx.core.array"),
+      R"(Binary cross-entropy of logits [..., num_experts] against the chosen ids [..., k], -1 where there is none:
+their mean, a scalar, with a gradient for the logits. CPU streams only.)");
   bind_products(m);
 }

@@ -1,6 +1,5 @@
 #include "mlx_od_moe/product_ops.h"
 
-#include <mlx/backend/cpu/encoder.h>
 #include <mlx/mlx.h>
 #include <mlx/primitives.h>
 
@@ -8,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "mlx_od_moe/cpu_primitive.h"
 #include "mlx_od_moe/kernels/select.h"
 #include "mlx_od_moe/training_products.h"
 
@@ -37,39 +37,6 @@ mx::array plain_input(const mx::array& x, mx::StreamOrDevice s) {
 void require(bool condition, const char* name, const char* rule) {
   if (!condition) throw std::invalid_argument(std::string("[") + name + "] " + rule);
 }
-
-// What all these operations have in common.
-class CpuPrimitive : public mx::Primitive {
- public:
-  CpuPrimitive(mx::Stream stream, const char* name) : mx::Primitive(stream), name_(name) {}
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error(std::string("[") + name_ + "] is made for CPU streams only");
-  }
-
-  const char* name() const override { return name_; }
-
- protected:
-  // Gives the outputs their memory, that of an input where `from` has its place and nobody else holds it, and
-  // tells the stream's encoder of both sides.
-  mx::cpu::CommandEncoder& prepare(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
-                                   const std::vector<size_t>& from = {}) {
-    mx::cpu::CommandEncoder& encoder = mx::cpu::get_command_encoder(stream());
-    for (const mx::array& input : inputs) encoder.set_input_array(input);
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      if (i < from.size() && inputs[from[i]].is_donatable()) {
-        outputs[i].copy_shared_buffer(inputs[from[i]]);
-      } else {
-        outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-      }
-      encoder.set_output_array(outputs[i]);
-    }
-    return encoder;
-  }
-
- private:
-  const char* name_;
-};
 
 // a b^T, a b or a^T b.
 class MatrixProduct : public CpuPrimitive {
