@@ -7,8 +7,6 @@
 namespace mlx_od_moe::kernels {
 namespace {
 
-constexpr int kCacheNumbers = 256 * 1024;  // of the left operand that are read again and again
-
 #include "mlx_od_moe/kernels/bf16_products.inl"
 
 struct alignas(64) TileConfig {
@@ -26,28 +24,30 @@ struct Tiles {
   }
   static void end() { _tile_release(); }
 
-  static void multiply(const Product* products, int count, int row_pair, int column_pair, float* out) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int p = 0; p < count; ++p) {
-      const uint16_t* a = tile_of(products[p].left, 2 * row_pair, 0);
-      const uint16_t* b = tile_of(products[p].left, 2 * row_pair + 1, 0);
-      const uint16_t* c = tile_of(products[p].right, 2 * column_pair, 0);
-      const uint16_t* d = tile_of(products[p].right, 2 * column_pair + 1, 0);
-      for (int t = 0; t < products[p].left.tiles * kTileNumbers; t += kTileNumbers) {
-        _tile_loadd(4, a + t, 64);
-        _tile_loadd(6, c + t, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, d + t, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, b + t, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
+  static void multiply(const uint16_t* left, size_t left_stride, const uint16_t* right, size_t right_stride, int tiles,
+                       bool add, float* out) {
     constexpr int kStride = kBlock * static_cast<int>(sizeof(float));
+    if (add) {
+      _tile_loadd(0, out, kStride);
+      _tile_loadd(1, out + 16, kStride);
+      _tile_loadd(2, out + 16 * kBlock, kStride);
+      _tile_loadd(3, out + 16 * kBlock + 16, kStride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int t = 0; t < tiles; ++t, left += kTileNumbers, right += kTileNumbers) {
+      _tile_loadd(4, left, 64);
+      _tile_loadd(6, right, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + right_stride, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, left + left_stride, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     _tile_stored(0, out, kStride);
     _tile_stored(1, out + 16, kStride);
     _tile_stored(2, out + 16 * kBlock, kStride);

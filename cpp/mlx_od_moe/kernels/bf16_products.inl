@@ -1,8 +1,12 @@
 // Packing and results of bf16_products.h in AVX-512 with BF16; how a block is multiplied is a parameter.
 // Included inside an anonymous namespace. Blocks has
 //   static void begin(); static void end();
-//   static void multiply(const Product* products, int count, int row_pair, int column_pair, float* out);
-// where out is [32][32], on a cache line.
+//   static void multiply(const uint16_t* left, size_t left_stride, const uint16_t* right, size_t right_stride,
+//                        int tiles, bool add, float* out);
+// that multiplies a pair of panels of each; out, [32][32] on a cache line, is set or added to.
+
+constexpr int kLeftPairs = 8;
+constexpr int kDepthTiles = 8;
 
 inline __m512i to_words(__m512 low, __m512 high) {
   const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
@@ -130,22 +134,32 @@ inline void write(const float* block, int row, int column, const Results& to) {
   }
 }
 
-// Calls with each pair of panels of the left and the right, so that what is read again lies in a second cache.
+// Calls with each block of the result: a pair of panels of the left times one of the right.
+//
+// A part of the right pair's depth stays in the first cache while many pairs of the left, which lie in the second,
+// pass by; their blocks are put together part by part.
 template <class Blocks, class Use>
 void for_each_block(const Product* products, int count, const Use& use) {
-  alignas(64) float block[kBlock * kBlock];
-  int tiles = 0;
-  for (int i = 0; i < count; ++i) tiles += products[i].left.tiles;
-  const int most = kCacheNumbers / (2 * kTileNumbers * (tiles > 0 ? tiles : 1));  // pairs of the left
-  const int step = most > 1 ? most : 1;
+  alignas(64) float blocks[kLeftPairs][kBlock * kBlock];
   const int rows = products[0].left.count / 2, columns = products[0].right.count / 2;
   Blocks::begin();
-  for (int begin = 0; begin < rows; begin += step) {
-    const int end = begin + step < rows ? begin + step : rows;
+  for (int begin = 0; begin < rows; begin += kLeftPairs) {
+    const int end = begin + kLeftPairs < rows ? begin + kLeftPairs : rows;
     for (int c = 0; c < columns; ++c) {
-      for (int r = begin; r < end; ++r) {
-        Blocks::multiply(products, count, r, c, block);
-        use(r, c, block);
+      for (int i = 0; i < count; ++i) {
+        const Product& p = products[i];
+        const int tiles = p.left.tiles, parts = (tiles + kDepthTiles - 1) / kDepthTiles;
+        for (int part = 0; part < parts; ++part) {
+          const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
+          const bool add = i + part > 0, done = i + 1 == count && part + 1 == parts;
+          for (int r = begin; r < end; ++r) {
+            float* block = blocks[r - begin];
+            const size_t left = p.left.stride, right = p.right.stride;
+            Blocks::multiply(tile_of(p.left, 2 * r, first), left, tile_of(p.right, 2 * c, first), right, last - first,
+                             add, block);
+            if (done) use(r, c, block);
+          }
+        }
       }
     }
   }

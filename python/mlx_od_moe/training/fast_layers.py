@@ -1,7 +1,7 @@
 """The predictors' forward for training where the CPU multiplies in bfloat16: most of a step is products.
 
 Operands are rounded to bfloat16 and summed in float32; weights, gradients and the optimisers' states
-stay float32. `fast` says whether it serves; elsewhere the modules' own forward does, in float32.
+stay float32. `is_fast` says whether they serve; elsewhere the modules' own forward does, in float32.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .._ext import bf16_linear, bf16_two_layers, has_bf16_products
 from ..context import TokenMemory
-from ..predictor_config import PredictorConfig
 from ..row_ops import on_cpu
 from ..shadow_model import ExpertPredictor
 
@@ -22,10 +22,16 @@ def fast() -> bool:
     return on_cpu() and bool(has_bf16_products())
 
 
-def is_fast(config: PredictorConfig) -> bool:
-    """Whether `fast_logits` computes such a predictor."""
+def is_fast(module: ExpertPredictor | TokenMemory) -> bool:
+    """Whether this device computes such a module by the functions below."""
+    if isinstance(module, TokenMemory):
+        return fast() and type(module.encode) is nn.Linear  # a quantised one is of another type
+    config = module.config
     return (
-        config.activation == "relu"
+        fast()
+        and module.quantization is None
+        and module.calibration is None
+        and config.activation == "relu"
         and not config.layer_norm
         and not config.previous_experts
         and set(config.terms) in ({"mlp"}, {"mlp+gate"})
@@ -40,7 +46,7 @@ def fast_memories(memory: TokenMemory, h: mx.array) -> mx.array:
 def fast_logits(
     predictor: ExpertPredictor, h: mx.array, memories: Sequence[mx.array], sequence: mx.array
 ) -> mx.array:
-    """Logits [batch, n, lookahead, num_experts] of h [batch, n, hidden_size], without calibration.
+    """Logits [batch, n, lookahead, num_experts] of h [batch, n, hidden_size].
 
     `memories` and `sequence`: see ContextReader. The context's matrices take part in the product of
     the first layer, and the gates in that of the second: what they add is linear in h.

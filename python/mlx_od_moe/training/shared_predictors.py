@@ -16,7 +16,7 @@ from ..context import ContextConfig, TokenMemory
 from ..metrics import Recall
 from ..projection import Projection
 from ..shadow_model import ExpertPredictor
-from .fast_layers import fast, fast_logits, fast_memories, is_fast
+from .fast_layers import fast_logits, fast_memories, is_fast
 from .fit import Shares, rows_of
 from .sequence_blocks import Block, SequenceBlocks
 
@@ -78,17 +78,16 @@ class SharedPredictors(nn.Module):
         return targets
 
     def __call__(self, block: Block) -> dict[int, mx.array]:
-        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
+        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens; see fast_layers.py."""
         memories, logits = {}, {}
         for layer, memory in self.of_layers("memories").items():
             with self.on_stream_of(f"memories.{name_of(layer)}"):
                 h = block.states[layer]
-                memories[layer] = fast_memories(memory, h) if fast() else memory(h)
+                memories[layer] = fast_memories(memory, h) if is_fast(memory) else memory(h)
         for layer, predictor in self.of_layers("predictors").items():
             with self.on_stream_of(f"predictors.{name_of(layer)}"):
-                logits[layer] = block_logits(
-                    predictor, layer, self.targets[layer], memories, block
-                )
+                run = fast_block_logits if is_fast(predictor) else block_logits
+                logits[layer] = run(predictor, layer, self.targets[layer], memories, block)
         return logits
 
     def of_layers(self, kind: str) -> dict[int, Any]:
@@ -105,12 +104,21 @@ def block_logits(
 ) -> mx.array:
     """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}."""
     h, context = block.own_states(layer), None
-    read = [memories[t] for t in targets] if predictor.config.has_context else []
-    if fast() and is_fast(predictor.config):
-        return mx.flatten(fast_logits(predictor, h, read, block.sequence), 0, 1)
     if predictor.config.has_context:
-        context = predictor.context(h, read, block.sequence)
+        context = predictor.context(h, [memories[t] for t in targets], block.sequence)
     return mx.flatten(predictor(h, context=context), 0, 1)
+
+
+def fast_block_logits(
+    predictor: ExpertPredictor,
+    layer: int,
+    targets: Sequence[int],
+    memories: Mapping[int, mx.array],
+    block: Block,
+) -> mx.array:
+    """`block_logits` of a predictor that `is_fast`, in products of bfloat16."""
+    read = [memories[t] for t in targets] if predictor.config.has_context else []
+    return mx.flatten(fast_logits(predictor, block.own_states(layer), read, block.sequence), 0, 1)
 
 
 def measure_blocks(
