@@ -35,6 +35,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/simulator.cpp
   cpp/mlx_od_moe/token_experts.cpp
+  cpp/mlx_od_moe/training_products.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)

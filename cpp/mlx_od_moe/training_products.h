@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "mlx_od_moe/export.h"
 #include "mlx_od_moe/kernels/bf16_products.h"
 
 namespace mlx_od_moe {
@@ -18,11 +19,11 @@ using kernels::Bf16Products;
 using kernels::Rows;
 
 // out [n, m] = a [n, k] b [m, k]^T.
-void multiply_rows(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
+MLX_OD_MOE_API void multiply_rows(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
 // out [n, m] = a [n, k] b [k, m].
-void multiply(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
+MLX_OD_MOE_API void multiply(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
 // out [n, m] = a [k, n]^T b [k, m].
-void multiply_columns(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
+MLX_OD_MOE_API void multiply_columns(const Bf16Products& products, const Rows& a, const Rows& b, float* out);
 
 // outputs = heads relu(sum of weights[i] inputs[i] + bias) + head_bias + skip inputs[0].
 struct TwoLayers {
@@ -39,9 +40,9 @@ struct TwoLayers {
 };
 
 // What `run_layers` keeps for the gradient: the hidden values in bfloat16, packed.
-size_t active_numbers(int tokens, int hidden);
+MLX_OD_MOE_API size_t active_numbers(int tokens, int hidden);
 
-void run_layers(const Bf16Products& products, const TwoLayers& layers, uint16_t* active, float* outputs);
+MLX_OD_MOE_API void run_layers(const Bf16Products& products, const TwoLayers& layers, uint16_t* active, float* outputs);
 
 // All are set; those of the inputs may be null: not wanted.
 struct LayerGradients {
@@ -52,7 +53,7 @@ struct LayerGradients {
   float* skip;  // where there is one
 };
 
-void run_layers_gradient(const Bf16Products& products, const TwoLayers& layers, const uint16_t* active,
+MLX_OD_MOE_API void run_layers_gradient(const Bf16Products& products, const TwoLayers& layers, const uint16_t* active,
                          const float* cotangent, const LayerGradients& to);
 
 // One step of Muon (Jordan et al., 2024) with Nesterov's momentum, for a matrix [rows, columns].
@@ -63,7 +64,7 @@ struct MuonStep {
 };
 
 // velocity and weight may be what they become.
-void step_muon(const Bf16Products& products, const MuonStep& step, float rate, const float* gradient,
+MLX_OD_MOE_API void step_muon(const Bf16Products& products, const MuonStep& step, float rate, const float* gradient,
                const float* velocity, const float* weight, float* new_velocity, float* new_weight);
 
 }  // namespace mlx_od_moe
