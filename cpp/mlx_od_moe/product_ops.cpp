@@ -27,7 +27,9 @@ Rows rows_of(const mx::array& x) {
   return {x.data<void>(), type, size_of(columns), static_cast<int>(x.size() / size_of(columns)), columns};
 }
 
-mx::array plain(const mx::array& x, mx::StreamOrDevice s) { return mx::contiguous(mx::astype(x, mx::float32, s), false, s); }
+mx::array plain(const mx::array& x, mx::StreamOrDevice s) {
+  return mx::contiguous(mx::astype(x, mx::float32, s), false, s);
+}
 
 // Float16 stays: packing reads it as it is.
 mx::array plain_input(const mx::array& x, mx::StreamOrDevice s) {
@@ -47,8 +49,9 @@ class MatrixProduct : public CpuPrimitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     constexpr decltype(&multiply) kFunctions[] = {multiply_rows, multiply, multiply_columns};
-    prepare(inputs, outputs).dispatch([a = rows_of(inputs[0]), b = rows_of(inputs[1]), out = outputs[0].data<float>(),
-                                       function = kFunctions[kind_]] { function(products(), a, b, out); });
+    prepare(inputs, outputs)
+        .dispatch([a = rows_of(inputs[0]), b = rows_of(inputs[1]), out = outputs[0].data<float>(),
+                   function = kFunctions[kind_]] { function(products(), a, b, out); });
   }
 
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,

@@ -38,9 +38,8 @@ MLX_OD_MOE_API mlx::core::array bf16_two_layers(const std::vector<mlx::core::arr
 
 // {velocity, weight} after a step of Muon with Nesterov's momentum; all [n, m], `rate` a scalar. No gradient.
 MLX_OD_MOE_API std::vector<mlx::core::array> bf16_muon(const mlx::core::array& gradient,
-                                                       const mlx::core::array& velocity,
-                                                       const mlx::core::array& weight, const mlx::core::array& rate,
-                                                       float momentum, int iterations,
+                                                       const mlx::core::array& velocity, const mlx::core::array& weight,
+                                                       const mlx::core::array& rate, float momentum, int iterations,
                                                        mlx::core::StreamOrDevice s = {});
 
 }  // namespace mlx_od_moe

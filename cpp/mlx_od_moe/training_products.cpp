@@ -142,38 +142,28 @@ void orthogonalize(const Bf16Products& products, Workspace& memory, const MuonSt
   const int side = std::min(step.rows, step.columns);
   float* square = memory.floats(size_of(side) * size_of(side));
   float* polynomial = memory.floats(size_of(side) * size_of(side));
-  const int tiles = depth_tiles(std::max(step.rows, step.columns));
-  const Operand left = memory.operand(side, tiles), right = memory.operand(side, tiles);
-  const Operand square_left = memory.operand(side, depth_tiles(side));
-  const Operand square_right = memory.operand(side, depth_tiles(side));
-  const Operand whole = tall ? memory.operand(step.rows, depth_tiles(side))
-                             : memory.operand(step.columns, depth_tiles(side));
-  const Rows of_square = floats_of(square, side, side), of_polynomial = floats_of(polynomial, side, side);
+  // x, and x with its other dimension as depth: for one of x x^T and x^T x, and for the product with that.
+  const Operand rows = memory.operand(step.rows, depth_tiles(step.columns));
+  const Operand columns = memory.operand(step.columns, depth_tiles(step.rows));
+  const Operand other = tall ? memory.operand(step.columns, columns.tiles) : memory.operand(step.rows, rows.tiles);
+  const Operand left = memory.operand(side, depth_tiles(side)), right = memory.operand(side, depth_tiles(side));
   for (int i = 0; i < step.iterations; ++i) {
-    const Rows rows = floats_of(x, step.rows, step.columns);
-    const auto pack = tall ? products.pack_columns : products.pack_rows;
-    pack(rows, kLeft, left);
-    pack(rows, kRight, right);
-    multiply(products, left, right, plain(square, side, side));
-    products.pack_rows(of_square, kLeft, square_left);
-    products.pack_rows(of_square, kRight, square_right);  // symmetric
+    products.pack_rows(floats_of(x, step.rows, step.columns), kLeft, rows);
+    products.turn(rows, columns);  // a right operand
+    products.mirror(tall ? columns : rows, other);
+    multiply(products, tall ? other : rows, tall ? columns : other, plain(square, side, side));
+    products.pack_rows(floats_of(square, side, side), kLeft, left);
+    products.mirror(left, right);  // symmetric
     Results results = plain(polynomial, side, side);
     results.factor = kC;
     results.addend = square;
     results.addend_factor = kB;
-    multiply(products, square_left, square_right, results);
+    multiply(products, left, right, results);
+    products.pack_rows(floats_of(polynomial, side, side), tall ? kRight : kLeft, tall ? right : left);
     results = plain(next, step.rows, step.columns);
     results.addend = x;
     results.addend_factor = kA;
-    if (tall) {
-      products.pack_rows(rows, kLeft, whole);
-      products.pack_rows(of_polynomial, kRight, square_right);
-      multiply(products, whole, square_right, results);
-    } else {
-      products.pack_rows(of_polynomial, kLeft, square_left);
-      products.pack_columns(rows, kRight, whole);
-      multiply(products, square_left, whole, results);
-    }
+    multiply(products, tall ? rows : left, tall ? right : columns, results);
     std::swap(x, next);
   }
 }

@@ -54,7 +54,7 @@ struct LayerGradients {
 };
 
 MLX_OD_MOE_API void run_layers_gradient(const Bf16Products& products, const TwoLayers& layers, const uint16_t* active,
-                         const float* cotangent, const LayerGradients& to);
+                                        const float* cotangent, const LayerGradients& to);
 
 // One step of Muon (Jordan et al., 2024) with Nesterov's momentum, for a matrix [rows, columns].
 struct MuonStep {
@@ -65,6 +65,6 @@ struct MuonStep {
 
 // velocity and weight may be what they become.
 MLX_OD_MOE_API void step_muon(const Bf16Products& products, const MuonStep& step, float rate, const float* gradient,
-               const float* velocity, const float* weight, float* new_velocity, float* new_weight);
+                              const float* velocity, const float* weight, float* new_velocity, float* new_weight);
 
 }  // namespace mlx_od_moe

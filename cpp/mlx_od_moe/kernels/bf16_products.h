@@ -63,6 +63,8 @@ struct Bf16Products {
   void (*pack_columns)(const Rows& x, Side side, const Operand& to);
   // A left operand [rows, depth] to a right one whose depth is those rows and whose columns were the depth.
   void (*turn)(const Operand& left, const Operand& right);
+  // The same matrix as an operand of the other side.
+  void (*mirror)(const Operand& from, const Operand& to);
   // The sum of up to two products of the same shape.
   void (*multiply)(const Product* products, int count, const Results& results);
   // relu(product + bias) as a left operand, whose depth is the product's columns.

@@ -116,7 +116,7 @@ struct KernelSet {
   void (*attend)(const WindowAttention&, float* out, size_t out_stride);
   void (*attend_gradient)(const WindowAttention&, const float* cotangent, size_t cotangent_stride,
                           const WindowGradients&);
-  const Bf16Products* products;  // null where this CPU has none that are faster than float32's
+  const Bf16Products* products;  // null where the CPU's are no faster than float32's
 };
 
 extern const KernelSet kScalar;
@@ -126,7 +126,7 @@ extern const KernelSet kAvx512;
 extern const Multiply kAvx512BatchF32, kAvx512BatchF16, kAvx512BatchBf16;
 extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-512
 extern const Prepare kAvx512Bf16Prepare;
-extern const Bf16Products kAvx512Bf16Products, kAmxProducts;
+extern const Bf16Products kAmxProducts;
 extern const Multiply kAmxBf16, kAmxInt8, kAmxInt4;  // Linux: needs the system's permission
 #elif defined(__aarch64__)
 extern const KernelSet kNeon;

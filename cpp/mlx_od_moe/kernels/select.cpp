@@ -41,7 +41,6 @@ KernelSet complete_avx512() {
     set.multiply[kBf16] = kAvx512Bf16Multiply;
     set.prepare[kBf16] = kAvx512Bf16Prepare;
     set.value_bytes[kBf16] = 2;
-    set.products = &kAvx512Bf16Products;
   }
   return set;
 }
