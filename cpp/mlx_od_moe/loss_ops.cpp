@@ -58,7 +58,7 @@ void gradient(const Rows& rows, float cotangent, float* out) {
   const float factor = cotangent / static_cast<float>(rows.rows * rows.experts);
   for (size_t row = 0; row < rows.rows; ++row, out += rows.experts) {
     const float* z = rows.logits + row * rows.experts;
-    for (size_t i = 0; i < rows.experts; ++i) out[i] = z[i] > kFloor ? z[i] : kFloor;
+    for (size_t i = 0; i < rows.experts; ++i) out[i] = z[i] < kFloor ? kFloor : z[i];  // NaN stays NaN
     set.sigmoid(out, static_cast<int>(rows.experts));
     for_each_chosen(rows, row, [&](size_t id) { out[id] -= 1.0f; });
     for (size_t i = 0; i < rows.experts; ++i) out[i] *= factor;

@@ -227,10 +227,10 @@ void multiply_products(const Product* products, int count, const Results& result
 void relu_product(const Product& product, const float* bias, const Operand& to) {
   for_each_block(&product, 1, [&](int r, int c, const float* block) {
     const __m512 low = _mm512_loadu_ps(bias + c * kBlock), high = _mm512_loadu_ps(bias + c * kBlock + 16);
-    const __m512 zero = _mm512_setzero_ps();
+    const __m512 zero = _mm512_setzero_ps();  // first: NaN stays NaN
     for (int i = 0; i < kBlock; ++i) {
-      const __m512 a = _mm512_max_ps(_mm512_add_ps(_mm512_load_ps(block + i * kBlock), low), zero);
-      const __m512 b = _mm512_max_ps(_mm512_add_ps(_mm512_load_ps(block + i * kBlock + 16), high), zero);
+      const __m512 a = _mm512_max_ps(zero, _mm512_add_ps(_mm512_load_ps(block + i * kBlock), low));
+      const __m512 b = _mm512_max_ps(zero, _mm512_add_ps(_mm512_load_ps(block + i * kBlock + 16), high));
       _mm512_storeu_si512(tile_of(to, 2 * r + i / 16, c) + i % 16 * 32, to_words(a, b));
     }
   });

@@ -75,6 +75,7 @@ class BundleFit:
         for name, module in self._modules.items():
             self._optimizers[name].init(module.trainable_parameters())
         self._gradient = nn.value_and_grad(model, self._loss)
+        self._under_way: list[mx.array] = []
         self.state, self._best = FitState(), dict(tree_flatten(model.trainable_parameters()))
 
     def run(self, advance: Advance) -> None:
@@ -135,7 +136,14 @@ class BundleFit:
             with self.model.on_stream_of(name):
                 self._optimizers[name].update(module, _at(gradient, name))
         states = [optimizer.state for optimizer in self._optimizers.values()]
-        mx.eval(self.model.trainable_parameters(), states)
+        mx.async_eval(self.model.trainable_parameters(), states)
+        # One step ahead: Python prepares the next while this one is computed. Vectors stand for all,
+        # since whoever held matrices would keep the next step from writing in their place.
+        before, self._under_way = self._under_way, self._vectors()
+        mx.eval(before)
+
+    def _vectors(self) -> list[mx.array]:
+        return [w for _, w in tree_flatten(self.model.trainable_parameters()) if w.ndim == 1]
 
     def _end_epoch(self, recall: float) -> None:
         weights = dict(tree_flatten(self.model.trainable_parameters()))
