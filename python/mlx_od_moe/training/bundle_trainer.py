@@ -114,9 +114,7 @@ class BundleFit:
         for layer, logits in self.model(block).items():
             ahead = targets[layer]
             with self.model.on_stream_of(f"predictors.{name_of(layer)}"):
-                known = (
-                    [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
-                )
+                known = [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
                 chosen = mx.array(block.chosen(ahead))
                 losses.append(loss_of(logits, chosen, mx.stack(known, axis=1)))
         return mx.stack(losses).sum()
@@ -136,9 +134,11 @@ class BundleFit:
             with self.model.on_stream_of(name):
                 self._optimizers[name].update(module, _at(gradient, name))
         states = [optimizer.state for optimizer in self._optimizers.values()]
-        mx.async_eval(self.model.trainable_parameters(), states)
-        # One step ahead: Python prepares the next while this one is computed. Vectors stand for all,
-        # since whoever held matrices would keep the next step from writing in their place.
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            self.model.trainable_parameters(), states
+        )
+        # One step ahead: Python prepares the next while this one is computed. Vectors stand for
+        # all: whoever held matrices would keep the next step from writing in their place.
         before, self._under_way = self._under_way, self._vectors()
         mx.eval(before)
 

@@ -1,7 +1,8 @@
-"""The predictors' forward for training where the CPU multiplies in bfloat16: most of a step is products.
+"""The predictors' forward for training on CPUs that multiply in bfloat16: products are most of it.
 
-Operands are rounded to bfloat16 and summed in float32; weights, gradients and the optimisers' states
-stay float32. `is_fast` says whether they serve; elsewhere the modules' own forward does, in float32.
+Operands are rounded to bfloat16 and summed in float32; weights, gradients and the optimisers'
+states stay float32. `is_fast` says whether these functions serve; elsewhere the modules' own
+forward does, in float32.
 """
 
 from __future__ import annotations

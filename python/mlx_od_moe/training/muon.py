@@ -1,4 +1,4 @@
-"""Muon as bundles are trained with it: on CPUs that multiply in bfloat16, its step is one operation."""
+"""Muon as bundles are trained with it: one operation on CPUs that multiply in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .fast_layers import fast
 ITERATIONS = 3  # of Newton-Schulz: as good as the usual 5 here, and cheaper
 
 
-class Muon(optim.Muon):  # type: ignore[misc]
+class Muon(optim.Muon):
     """MLX's Muon (Jordan et al., 2024) without weight decay, for matrices in float32.
 
     Where it can, it multiplies in bfloat16, as Muon's authors do: the iterations need no more.

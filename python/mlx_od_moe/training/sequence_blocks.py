@@ -77,8 +77,8 @@ class _Rows:
 class SequenceBlocks:
     """The tokens of `documents` (None: all) in blocks, with the states of `layers`.
 
-    Shards are read in groups of roughly `memory_bytes`, and kept where all fit. `dtype`: of a block's
-    states, which are recorded in float16.
+    Shards are read in groups of roughly `memory_bytes`, and kept where all fit. `dtype`: of a
+    block's states, which are recorded in float16.
     """
 
     def __init__(

@@ -78,7 +78,10 @@ class SharedPredictors(nn.Module):
         return targets
 
     def __call__(self, block: Block) -> dict[int, mx.array]:
-        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens; see fast_layers.py."""
+        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens.
+
+        In products of bfloat16 where fast_layers.py serves.
+        """
         memories, logits = {}, {}
         for layer, memory in self.of_layers("memories").items():
             with self.on_stream_of(f"memories.{name_of(layer)}"):
