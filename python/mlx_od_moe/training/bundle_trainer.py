@@ -201,7 +201,7 @@ def train_together(
 ) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
     """Train the layers' predictors and memories; returns both and a report on each layer.
 
-    `streams`: parts of a batch that run at once, on a CPU. At distances where validation likes gate
+    `streams`: layers that run at once, on a CPU. At distances where validation likes gate
     lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
