@@ -48,15 +48,6 @@ class Block:
         routed = np.stack([self.routed[target] for target in targets], axis=2)
         return routed.reshape(-1, *routed.shape[2:])
 
-    def part(self, batch: slice) -> Block:
-        """Some of the batch."""
-        return Block(
-            {layer: states[batch] for layer, states in self.states.items()},
-            {layer: routed[batch] for layer, routed in self.routed.items()},
-            self.sequence[batch],
-            self.before,
-        )
-
     def __len__(self) -> int:
         return len(self.sequence)
 
