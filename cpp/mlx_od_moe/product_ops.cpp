@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "mlx_od_moe/cpu_primitive.h"
 #include "mlx_od_moe/kernels/select.h"

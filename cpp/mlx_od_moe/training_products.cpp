@@ -6,6 +6,7 @@
 #include <new>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 namespace mlx_od_moe {
 namespace {
