@@ -35,6 +35,7 @@ add_library(mlx_od_moe_objects OBJECT
   cpp/mlx_od_moe/shadow_runner.cpp
   cpp/mlx_od_moe/simulator.cpp
   cpp/mlx_od_moe/token_experts.cpp
+  cpp/mlx_od_moe/training_products.cpp
   cpp/mlx_od_moe/weights.cpp
   cpp/mlx_od_moe/workers.cpp
   cpp/mlx_od_moe/kernels/select.cpp)
@@ -68,6 +69,7 @@ if(processor MATCHES "^(x86_64|AMD64)$")
   add_kernels(avx512bf16.cpp ${avx512} -mavx512bf16)
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
     add_kernels(amx.cpp ${avx512} -mamx-tile -mamx-int8 -mamx-bf16)
+    add_kernels(amx_products.cpp ${avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
   endif()
 elseif(processor MATCHES "^(aarch64|arm64)$")
   add_kernels(neon.cpp)

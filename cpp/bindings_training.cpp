@@ -1,13 +1,48 @@
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "mlx_od_moe/loss_ops.h"
+#include "mlx_od_moe/product_ops.h"
 #include "mlx_od_moe/training_ops.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+
+static void bind_products(nb::module_& m) {
+  using mlx::core::array;
+  m.def("has_bf16_products", &mlx_od_moe::has_bf16_products,
+        "Whether this CPU has instructions for products in bfloat16, which the next three need.");
+  m.def(
+      "bf16_linear", [](const array& x, const array& weight) { return mlx_od_moe::bf16_linear(x, weight); }, "x"_a,
+      "weight"_a, nb::sig("def bf16_linear(x: mlx.core.array, weight: mlx.core.array) -> mlx.core.array"),
+      R"(x [..., k] times weight [m, k] transposed, [..., m]: operands rounded to bfloat16, summed in float32, and
+so are the gradients of both. CPU streams only.)");
+  m.def(
+      "bf16_two_layers",
+      [](const std::vector<array>& inputs, const std::vector<array>& weights, const array& bias, const array& heads,
+         const array& head_bias, const std::optional<array>& skip) {
+        return mlx_od_moe::bf16_two_layers(inputs, weights, bias, heads, head_bias, skip);
+      },
+      "inputs"_a, "weights"_a, "bias"_a, "heads"_a, "head_bias"_a, "skip"_a = nb::none(),
+      nb::sig("def bf16_two_layers(inputs: list[mlx.core.array], weights: list[mlx.core.array], "
+              "bias: mlx.core.array, heads: mlx.core.array, head_bias: mlx.core.array, "
+              "skip: mlx.core.array | None = None) -> mlx.core.array"),
+      R"(heads relu(sum of weights[i] inputs[i] + bias) + head_bias + skip inputs[0], [..., outputs], in products
+as bf16_linear's. Inputs [..., k_i], weights [hidden, k_i], heads [outputs, hidden], skip [outputs, k_0].)");
+  m.def(
+      "bf16_muon",
+      [](const array& gradient, const array& velocity, const array& weight, const array& rate, float momentum,
+         int iterations) { return mlx_od_moe::bf16_muon(gradient, velocity, weight, rate, momentum, iterations); },
+      "gradient"_a, "velocity"_a, "weight"_a, "rate"_a, "momentum"_a, "iterations"_a,
+      nb::sig("def bf16_muon(gradient: mlx.core.array, velocity: mlx.core.array, weight: mlx.core.array, "
+              "rate: mlx.core.array, momentum: float, iterations: int) -> list[mlx.core.array]"),
+      R"([velocity, weight] after a step of Muon (Jordan et al., 2024) with Nesterov's momentum, whose iterations of
+Newton-Schulz multiply as bf16_linear. All [n, m], `rate` a scalar. CPU streams only.)");
+}
 
 void bind_training(nb::module_& m) {
   m.def(
@@ -29,4 +64,14 @@ void bind_training(nb::module_& m) {
       "row_sigmoid", [](const mlx::core::array& x) { return mlx_od_moe::row_sigmoid(x); }, "x"_a,
       nb::sig("def row_sigmoid(x: mlx.core.array) -> mlx.core.array"),
       "Sigmoid in float32, without a gradient. CPU streams only.");
+  m.def(
+      "cross_entropy",
+      [](const mlx::core::array& logits, const mlx::core::array& chosen) {
+        return mlx_od_moe::cross_entropy(logits, chosen);
+      },
+      "logits"_a, "chosen"_a,
+      nb::sig("def cross_entropy(logits: mlx.core.array, chosen: mlx.core.array) -> mlx.core.array"),
+      R"(Binary cross-entropy of logits [..., num_experts] against the chosen ids [..., k], -1 where there is none:
+their mean, a scalar, with a gradient for the logits. CPU streams only.)");
+  bind_products(m);
 }

@@ -1,5 +1,6 @@
 """Training all layers together: contexts learn what they should, and runs repeat and resume."""
 
+import dataclasses
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlx_od_moe.metrics import hits
 from mlx_od_moe.routing_trace import Predictions, open_routing, predict_layers
 from mlx_od_moe.training.bundle_trainer import planned_steps
 from mlx_od_moe.training.dataset import read_array
+from mlx_od_moe.training.fast_layers import fast
 from mlx_od_moe.training.fit import FitOptions
 from mlx_od_moe.training.layer_trainer import TrainingOptions
 from mlx_od_moe.training.sequence_blocks import SequenceBlocks
@@ -92,6 +94,19 @@ def test_streams_change_no_more_than_rounding(traces, trained, tmp_path):
     both = PredictorBundle.load(trained), train(traces, tmp_path / "p.safetensors", jobs=2)
     one, two = (bundle.training["validation"]["recall_at_k"] for bundle in both)
     np.testing.assert_allclose(one, two, atol=0.03)
+
+
+@pytest.mark.skipif(not fast(), reason="this CPU has no products in bfloat16")
+@pytest.mark.parametrize("loss", ["bce", "kl"])
+def test_products_in_bfloat16_cost_no_recall(traces, tmp_path, monkeypatch, loss):
+    options = dataclasses.replace(OPTIONS, fit=dataclasses.replace(FIT, loss=loss, epochs=8))
+    recall = []
+    for name in ("", "scalar"):  # the CPU's best, and one in float32
+        monkeypatch.setenv("MLX_OD_MOE_KERNEL", name)
+        assert fast() == (name == "")
+        bundle = train(traces, tmp_path / f"{loss}{name}.safetensors", options)
+        recall.append(bundle.training["validation"]["recall_at_k"])
+    np.testing.assert_allclose(*recall, atol=0.02)
 
 
 def test_without_routers_there_is_no_gate(tmp_path):

@@ -3,7 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_od_moe._ext import cross_entropy
 
+from mlx_od_moe.training import losses
 from mlx_od_moe.training.losses import LOSSES, bce, kl, softmax
 
 TOKENS, LOOKAHEAD, EXPERTS, TOP_K = 5, 3, 10, 4
@@ -43,6 +45,11 @@ def reference(name: str, logits: np.ndarray, chosen: np.ndarray, log_probs: np.n
 
 def arrays(*values: np.ndarray) -> list[mx.array]:
     return [mx.array(v) if v.dtype == np.int16 else mx.array(v.astype(np.float32)) for v in values]
+
+
+@pytest.fixture(params=[True, False], ids=["native", "composed"], autouse=True)
+def native(request, monkeypatch) -> None:
+    monkeypatch.setattr(losses, "on_cpu", lambda: request.param)
 
 
 def test_all_losses_are_tested():
@@ -92,3 +99,9 @@ def test_only_kl_reads_the_log_probabilities():
     nothing = mx.zeros((TOKENS, 0, 0))
     assert mx.isfinite(bce(logits, chosen, nothing)).item()
     assert mx.isfinite(softmax(logits, chosen, nothing)).item()
+
+
+def test_wrong_shapes_are_refused():
+    for logits, chosen in (((2, 3, 4), (2, 3)), ((2, 3, 4), (2, 2, 4)), ((0, 4), (0, 2))):
+        with pytest.raises(ValueError, match=r"\[cross_entropy\] takes logits"):
+            cross_entropy(mx.zeros(logits), mx.zeros(chosen, mx.int32))

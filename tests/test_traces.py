@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_a_full_disk_is_named_and_leaves_whole_shards(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["collection.json", "shard-00000.npz"]
     monkeypatch.undo()
     assert collect_expert_usage(out=tmp_path, progress=False, **dummy).samples == 300
+
+
+def test_states_are_stored_as_they_are_and_choices_compressed(tmp_path: Path) -> None:
+    made = {"samples": 50, "hidden_size": 16, "num_experts": 12, "progress": False}
+    shard = collect_expert_usage(out=tmp_path, **made).shards[0]
+    kinds = {member.filename: member.compress_type for member in zipfile.ZipFile(shard).infolist()}
+    assert kinds["hidden_states_0.npy"] == zipfile.ZIP_STORED
+    assert kinds["routed_experts_0.npy"] == zipfile.ZIP_DEFLATED
+    before = load(tmp_path)
+    np.savez_compressed(shard, **np.load(shard))  # as shards were once written
+    assert all((before[name] == array).all() for name, array in load(tmp_path).items())
 
 
 def test_foreign_and_truncated_traces_are_named(tmp_path: Path) -> None:

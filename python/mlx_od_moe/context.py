@@ -121,10 +121,19 @@ class ContextReader(nn.Module):
             sequence: which sequence each of these rows belongs to, int [batch, rows + n]. Tokens
                 see only their own; rows that are not there have a number of their own.
         """
-        config = self.config
-        if not config.window:
-            return self.previous_state(self._previous(memories, sequence))
-        query = self.query(h)
+        query = self.query(h) if self.config.window else None
+        vectors = [matrix(read) for matrix, read in self.read(query, memories, sequence)]
+        return vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
+
+    def read(
+        self, query: mx.array | None, memories: Sequence[mx.array], sequence: mx.array
+    ) -> list[tuple[nn.Linear, mx.array]]:
+        """What the vectors are sums of: matrices, each with what it is to multiply.
+
+        `query` [batch, n, lookahead * key_size]: of the states; None where there is no attention.
+        """
+        if query is None:
+            return [(self.previous_state, self._previous(memories, sequence))]
         if on_cpu():
             states, read = read_memories(query, self.position_bias, sequence, list(memories))
         else:
@@ -132,8 +141,8 @@ class ContextReader(nn.Module):
                 self._previous(memories, sequence),
                 self._attend(query, memories, sequence),
             )
-        vector = self.attended(read)
-        return vector + self.previous_state(states) if config.state_size else vector
+        attended = (self.attended, read)
+        return [attended, (self.previous_state, states)] if self.config.state_size else [attended]
 
     def _previous(self, memories: Sequence[mx.array], sequence: mx.array) -> mx.array:
         """The previous token's states, [batch, n, lookahead * state_size]."""

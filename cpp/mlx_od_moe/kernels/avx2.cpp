@@ -301,6 +301,7 @@ const KernelSet kAvx2 = {
     softmax,
     attend,
     attend_gradient,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

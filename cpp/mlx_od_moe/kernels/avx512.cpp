@@ -235,6 +235,7 @@ const KernelSet kAvx512 = {
     softmax,
     attend,
     attend_gradient,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

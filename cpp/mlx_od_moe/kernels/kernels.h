@@ -21,6 +21,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "mlx_od_moe/kernels/bf16_products.h"
+#include "mlx_od_moe/kernels/types.h"
+
 namespace mlx_od_moe::kernels {
 
 constexpr int kPanelRows = 16;
@@ -28,7 +31,6 @@ constexpr int kColumnStep = 64;
 constexpr int kInt8Block = 256;  // columns that share one activation scale in int8
 
 enum Format { kF32, kF16, kBf16, kInt8, kInt4, kNumFormats };
-enum Type { kFloat32, kFloat16, kBfloat16 };
 
 // Consecutive panels of one packed matrix.
 struct Panels {
@@ -114,6 +116,7 @@ struct KernelSet {
   void (*attend)(const WindowAttention&, float* out, size_t out_stride);
   void (*attend_gradient)(const WindowAttention&, const float* cotangent, size_t cotangent_stride,
                           const WindowGradients&);
+  const Bf16Products* products;  // null where the CPU's are no faster than float32's
 };
 
 extern const KernelSet kScalar;
@@ -123,6 +126,7 @@ extern const KernelSet kAvx512;
 extern const Multiply kAvx512BatchF32, kAvx512BatchF16, kAvx512BatchBf16;
 extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-512
 extern const Prepare kAvx512Bf16Prepare;
+extern const Bf16Products kAmxProducts;
 extern const Multiply kAmxBf16, kAmxInt8, kAmxInt4;  // Linux: needs the system's permission
 #elif defined(__aarch64__)
 extern const KernelSet kNeon;

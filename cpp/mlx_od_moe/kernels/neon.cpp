@@ -149,6 +149,7 @@ const KernelSet kNeon = {
     softmax,
     attend,
     attend_gradient,
+    nullptr,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

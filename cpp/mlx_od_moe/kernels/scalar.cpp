@@ -127,6 +127,7 @@ const KernelSet kScalar = {
     softmax,
     attend,
     attend_gradient,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

@@ -64,6 +64,7 @@ KernelSet complete_amx() {
   set.multiply[kBf16] = kAmxBf16;
   set.multiply[kInt8] = kAmxInt8;
   set.multiply[kInt4] = kAmxInt4;
+  set.products = &kAmxProducts;
   return set;
 }
 #endif

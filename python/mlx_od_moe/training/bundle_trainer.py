@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .._blas import one_blas_thread
 from ..calibration import SHIFT_INVARIANT
@@ -23,9 +23,11 @@ from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..projection import Projection
 from ..shadow_model import ExpertPredictor
+from .fast_layers import fast
 from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer, with_gate_alone
 from .losses import LOSSES
+from .muon import Muon
 from .sequence_blocks import Block, SequenceBlocks
 from .shared_predictors import (
     SharedPredictors,
@@ -39,14 +41,13 @@ from .workers import Advance
 _BLOCK = 256  # tokens that follow each other in a batch
 # Muon's step is a share of each matrix's own scale, AdamW's of 1: tuned together.
 _MUON_RATE = 20.0
-_MUON_ITERATIONS = 3  # of Newton-Schulz: as good as the usual 5 here, and cheaper
 
 
 class BundleFit:
-    """Fits SharedPredictors to batches of blocks, parts of each on `streams` at once.
+    """Fits SharedPredictors to batches of blocks, layers on `streams` at once.
 
     Matrices are stepped by Muon (Jordan et al., 2024), which needs half the samples that Adam needs
-    here; what is not a matrix by AdamW. One optimiser per module: streams share that work too.
+    here; what is not a matrix by AdamW. One optimiser per module: each on its module's stream.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class BundleFit:
         self.options, self.checkpoint = options, checkpoint
         self._routers = routers
         self._batch = max(1, options.batch_size // _BLOCK)
-        self._streams = _streams(min(streams, self._batch))
+        self._streams = _streams(streams)
+        model.spread(self._streams)
         self._modules: dict[str, nn.Module] = {
             f"{kind}.{name}": module
             for kind in ("predictors", "memories", "projections")
@@ -73,6 +75,7 @@ class BundleFit:
         for name, module in self._modules.items():
             self._optimizers[name].init(module.trainable_parameters())
         self._gradient = nn.value_and_grad(model, self._loss)
+        self._under_way: list[mx.array] = []
         self.state, self._best = FitState(), dict(tree_flatten(model.trainable_parameters()))
 
     def run(self, advance: Advance) -> None:
@@ -100,9 +103,7 @@ class BundleFit:
             return optim.join_schedules([rise, optim.cosine_decay(peak, steps - warmup)], [warmup])
 
         rate = options.learning_rate
-        matrices = optim.Muon(
-            schedule(_MUON_RATE * rate), weight_decay=0.0, ns_steps=_MUON_ITERATIONS
-        )
+        matrices = Muon(schedule(_MUON_RATE * rate))
         others = optim.AdamW(schedule(rate), weight_decay=options.weight_decay)
         return optim.MultiOptimizer([matrices, others], [_is_matrix])
 
@@ -112,9 +113,10 @@ class BundleFit:
         losses = []
         for layer, logits in self.model(block).items():
             ahead = targets[layer]
-            known = [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
-            chosen = mx.array(block.chosen(ahead))
-            losses.append(loss_of(logits, chosen, mx.stack(known, axis=1)))
+            with self.model.on_stream_of(f"predictors.{name_of(layer)}"):
+                known = [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
+                chosen = mx.array(block.chosen(ahead))
+                losses.append(loss_of(logits, chosen, mx.stack(known, axis=1)))
         return mx.stack(losses).sum()
 
     def _log_probs(self, block: Block) -> dict[int, mx.array]:
@@ -126,24 +128,22 @@ class BundleFit:
         }
 
     def _step(self, block: Block) -> None:
-        parts = [
-            block.part(slice(i * len(block) // n, (i + 1) * len(block) // n))
-            for n in [min(len(self._streams), len(block))]
-            for i in range(n)
-        ]
-        gradients = []
-        for stream, part in zip(self._streams, parts, strict=False):
-            with mx.stream(stream):
-                _, gradient = self._gradient(part)
-                share = len(part) / len(block)
-                gradients.append(tree_map(lambda g, share=share: g * share, gradient))
-        for i, (name, module) in enumerate(self._modules.items()):
-            with mx.stream(self._streams[i % len(self._streams)]):
-                own = [_at(gradient, name) for gradient in gradients]
-                total = own[0] if len(own) == 1 else tree_map(lambda *g: sum(g), *own)
-                self._optimizers[name].update(module, total)
+        with mx.stream(self._streams[0]):
+            _, gradient = self._gradient(block)
+        for name, module in self._modules.items():
+            with self.model.on_stream_of(name):
+                self._optimizers[name].update(module, _at(gradient, name))
         states = [optimizer.state for optimizer in self._optimizers.values()]
-        mx.eval(self.model.trainable_parameters(), states)
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            self.model.trainable_parameters(), states
+        )
+        # One step ahead: Python prepares the next while this one is computed. Vectors stand for
+        # all: whoever held matrices would keep the next step from writing in their place.
+        before, self._under_way = self._under_way, self._vectors()
+        mx.eval(before)
+
+    def _vectors(self) -> list[mx.array]:
+        return [w for _, w in tree_flatten(self.model.trainable_parameters()) if w.ndim == 1]
 
     def _end_epoch(self, recall: float) -> None:
         weights = dict(tree_flatten(self.model.trainable_parameters()))
@@ -201,7 +201,7 @@ def train_together(
 ) -> tuple[dict[int, ExpertPredictor], dict[int, TokenMemory], dict[int, dict[str, Any]]]:
     """Train the layers' predictors and memories; returns both and a report on each layer.
 
-    `streams`: parts of a batch that run at once, on a CPU. At distances where validation likes gate
+    `streams`: layers that run at once, on a CPU. At distances where validation likes gate
     lookahead alone better, it takes the predictor's place.
     """
     context, info = trainer.options.context, trainer.info
@@ -217,7 +217,12 @@ def train_together(
     needed = sorted({*layers, *(t for ahead in targets.values() for t in ahead)})
     training, validation = (
         SequenceBlocks(
-            info, needed, context.rows if context else 0, documents, trainer.memory_bytes
+            info,
+            needed,
+            context.rows if context else 0,
+            documents,
+            trainer.memory_bytes,
+            mx.float16 if fast() else mx.float32,
         )
         for documents in trainer.split
     )

@@ -29,7 +29,7 @@ _NOWHERE = -1  # the sequence of rows that are not there
 class Block:
     """A batch of blocks.
 
-    states: {layer: float32 [batch, before + size, hidden_size]}.
+    states: {layer: [batch, before + size, hidden_size]}, in the `dtype` that was asked for.
     routed: {layer: int [batch, size, top_k]}, the layer's own experts.
     sequence: int [batch, before + size].
     """
@@ -47,15 +47,6 @@ class Block:
         """The experts of the target layers, int [batch * size, targets, top_k]."""
         routed = np.stack([self.routed[target] for target in targets], axis=2)
         return routed.reshape(-1, *routed.shape[2:])
-
-    def part(self, batch: slice) -> Block:
-        """Some of the batch."""
-        return Block(
-            {layer: states[batch] for layer, states in self.states.items()},
-            {layer: routed[batch] for layer, routed in self.routed.items()},
-            self.sequence[batch],
-            self.before,
-        )
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -77,7 +68,8 @@ class _Rows:
 class SequenceBlocks:
     """The tokens of `documents` (None: all) in blocks, with the states of `layers`.
 
-    Shards are read in groups of roughly `memory_bytes`, and kept where all fit.
+    Shards are read in groups of roughly `memory_bytes`, and kept where all fit. `dtype`: of a
+    block's states, which are recorded in float16.
     """
 
     def __init__(
@@ -87,8 +79,10 @@ class SequenceBlocks:
         before: int,
         documents: set[int] | None = None,
         memory_bytes: int = 1 << 30,
+        dtype: mx.Dtype = mx.float32,
     ):
         self.traces, self.layers, self.before = traces, list(layers), before
+        self.dtype = dtype
         self._documents = None if documents is None else np.array(sorted(documents))
         self._memory_bytes = memory_bytes
         self._tokens = [int(self._wanted(shard).sum()) for shard in traces.shards]
@@ -119,7 +113,7 @@ class SequenceBlocks:
         index = starts[:, None] + np.arange(self.before + size)
         own = index[:, self.before :]
         return Block(
-            {n: mx.array(states[index]).astype(mx.float32) for n, states in rows.states.items()},
+            {n: mx.array(states[index]).astype(self.dtype) for n, states in rows.states.items()},
             {layer: routed[own] for layer, routed in rows.routed.items()},
             mx.array(rows.sequence[index]),
             self.before,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from ..context import ContextConfig, TokenMemory
 from ..metrics import Recall
 from ..projection import Projection
 from ..shadow_model import ExpertPredictor
+from .fast_layers import fast_logits, fast_memories, is_fast
 from .fit import Shares, rows_of
 from .sequence_blocks import Block, SequenceBlocks
 
@@ -48,6 +50,26 @@ class SharedPredictors(nn.Module):
             remembered = sorted({target for ahead in targets.values() for target in ahead})
             self.memories = {name_of(n): TokenMemory(context, hidden_size) for n in remembered}
         self.projections = {} if projection is None else {"shared": projection}
+        self._streams: dict[str, Any] = {}
+
+    def spread(self, streams: Sequence[Any]) -> None:
+        """Compute on these streams: each layer wholly on one, so that all have about as much to do.
+
+        A predictor's work goes with the layers that it speaks of; a memory's is small.
+        """
+        work = {name_of(layer): float(len(ahead)) for layer, ahead in self._targets.items()}
+        loads = [0.0] * len(streams)
+        for kind, share in (("predictors", 1.0), ("memories", 0.25), ("projections", 0.25)):
+            names = sorted(self[kind], key=lambda name: (-work.get(name, 1.0), name))
+            for name in names:
+                least = loads.index(min(loads))
+                loads[least] += work.get(name, 1.0) * share
+                self._streams[f"{kind}.{name}"] = streams[least]
+
+    def on_stream_of(self, module: str) -> AbstractContextManager[Any]:
+        """Within it, operations run where the module ("predictors.layer3") does."""
+        stream = self._streams.get(module)
+        return nullcontext() if stream is None else mx.stream(stream)
 
     @property
     def targets(self) -> dict[int, list[int]]:
@@ -56,12 +78,20 @@ class SharedPredictors(nn.Module):
         return targets
 
     def __call__(self, block: Block) -> dict[int, mx.array]:
-        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens."""
-        memories = {n: memory(block.states[n]) for n, memory in self.of_layers("memories").items()}
-        return {
-            layer: block_logits(predictor, layer, self.targets[layer], memories, block)
-            for layer, predictor in self.of_layers("predictors").items()
-        }
+        """{layer: logits [tokens, lookahead, num_experts]} of a block's tokens.
+
+        In products of bfloat16 where fast_layers.py serves.
+        """
+        memories, logits = {}, {}
+        for layer, memory in self.of_layers("memories").items():
+            with self.on_stream_of(f"memories.{name_of(layer)}"):
+                h = block.states[layer]
+                memories[layer] = fast_memories(memory, h) if is_fast(memory) else memory(h)
+        for layer, predictor in self.of_layers("predictors").items():
+            with self.on_stream_of(f"predictors.{name_of(layer)}"):
+                run = fast_block_logits if is_fast(predictor) else block_logits
+                logits[layer] = run(predictor, layer, self.targets[layer], memories, block)
+        return logits
 
     def of_layers(self, kind: str) -> dict[int, Any]:
         """{layer: its predictor} or {layer: its memory}."""
@@ -80,6 +110,18 @@ def block_logits(
     if predictor.config.has_context:
         context = predictor.context(h, [memories[t] for t in targets], block.sequence)
     return mx.flatten(predictor(h, context=context), 0, 1)
+
+
+def fast_block_logits(
+    predictor: ExpertPredictor,
+    layer: int,
+    targets: Sequence[int],
+    memories: Mapping[int, mx.array],
+    block: Block,
+) -> mx.array:
+    """`block_logits` of a predictor that `is_fast`, in products of bfloat16."""
+    read = [memories[t] for t in targets] if predictor.config.has_context else []
+    return mx.flatten(fast_logits(predictor, block.own_states(layer), read, block.sequence), 0, 1)
 
 
 def measure_blocks(

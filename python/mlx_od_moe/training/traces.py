@@ -169,15 +169,17 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], str]:
 
 
 def write_shard(path: Path, arrays: Arrays) -> None:
-    """Write one shard as compressed .npz: afterwards it is whole, or absent.
+    """Write one shard as .npz: afterwards it is whole, or absent.
 
     Raises OSError naming the file when the disk is full; shards written before stay.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        # Level 1: float16 states barely compress, and level 6 would be slower than the model.
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with zipfile.ZipFile(temporary, "w", compresslevel=1) as archive:
             for name, array in arrays.items():
+                # States barely compress, and unpacking them took training a minute per GB.
+                stored = array.dtype == np.float16
+                archive.compression = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
         os.replace(temporary, path)

@@ -60,8 +60,8 @@ def train_shadow_model(
         routers: {MoE layer: router}; default those recorded with the traces. Without any, the
             candidates that look through them are left out.
         bits: quantise the written file (4 or 8).
-        jobs: layers trained at once, each in a process of its own; with a context, parts of a
-            batch that run at once.
+        jobs: layers trained at once, each in a process of its own; with a context, each
+            on a thread of its own.
         memory_bytes: how much decoded data each job holds at once, roughly.
 
     Raises ValueError naming the file and rule for unusable traces or a foreign checkpoint.
