@@ -141,10 +141,9 @@ def _train_flags(flag: Any) -> None:
     flag("--predictor-size", type=int, default=1024, help="width of the inner layer")
     flag("--activation", choices=("relu", "silu"), default="relu")
     flag("--layer-norm", action="store_true")
-    flag(
-        "--trunk-rank", type=int, default=0, help="the first matrix as two of this rank; 0: as one"
-    )
+    flag("--trunk-rank", type=int, default=0, help="the first matrix as two of this rank; 0: one")
     flag("--share-trunk", action="store_true", help="one first factor for all layers")
+    flag("--no-next-token", action="store_true", help="leave out the next token's first layers")
     flag("--context", choices=("none", "state", "attention"), default="none", help=f"{from_fit}")
     flag("--window", type=int, default=64, help="earlier tokens that attention sees")
     flag("--key-size", type=int, default=64, help="width of attention's keys and values")
@@ -181,6 +180,7 @@ def _train(options: argparse.Namespace) -> None:
         context=context,
         trunk_rank=options.trunk_rank,
         share_trunk=options.share_trunk,
+        next_token=not options.no_next_token,
         fit=FitOptions(
             epochs=options.epochs or epochs,
             batch_size=options.batch_size or batch_size,

@@ -14,12 +14,13 @@ from mlx_lm.utils import dequantize_model
 
 from . import baselines
 from .confidence import Confidence
+from .evaluate_first_layers import by_token, next_token
 from .metrics import Recall, absent, mean_over_layers, rank
 from .model_routers import LayerRouter, load_routers
 from .predictor_bundle import PredictorBundle
 from .progress import progress_bar
 from .shadow_model import ExpertPredictor
-from .training.dataset import LayerDataset, read_array
+from .training.dataset import LayerDataset
 from .training.fit import Scorer, Shares, inputs, measure
 from .training.sequence_blocks import Block, SequenceBlocks
 from .training.shared_predictors import block_logits, measure_blocks
@@ -85,7 +86,8 @@ def evaluate(
     Returns {"top_k", "num_experts", "samples", "methods": {name: {"recall_at_k": [d1, d2, …],
     "recall_at_2k": …, …}}, "layers": {layer: {name: …}}, "control": {layer: recall@k of the layer's
     own router on its own input}, "margin": the smallest lead over gate lookahead in recall@k,
-    "by_token": {"recall_at_k": [first layer, second, …], …} by the token alone}.
+    "by_token": {"recall_at_k": [first layer, second, …], …} by the token alone, "next_token": the
+    same for the next token's, with "samples" and, beside it, "previous_token"}; {}: not known.
     Raises ValueError where file and traces do not belong together.
     """
     bundle, info = PredictorBundle.load(predictor), open_traces(traces)
@@ -110,24 +112,9 @@ def evaluate(
         "layers": {layer: report["methods"] for layer, report in reports.items()},
         "control": {layer: r["control"] for layer, r in reports.items() if "control" in r},
         "margin": _margin(reports),
-        "by_token": _by_token(bundle, split),
+        "by_token": by_token(bundle, info, split.documents),
+        "next_token": next_token(bundle, info, split.documents),
     }
-
-
-def _by_token(bundle: PredictorBundle, split: Split) -> dict[str, list[float]]:
-    """The recall of what tokens alone say about the first MoE layers, one by one; {}: not known."""
-    found = bundle.token_experts
-    if found is None:
-        return {}
-    recall = Recall(found.layers, split.traces.top_k)
-    for shard in split.traces.shards:
-        document = read_array(shard, "document")
-        rows = slice(None) if split.documents is None else np.isin(document, list(split.documents))
-        layers = bundle.moe_layers[: found.layers]
-        chosen = [read_array(shard, f"routed_experts_{layer}")[rows] for layer in layers]
-        likeliest = found.likeliest(read_array(shard, "token_ids")[rows])[..., : recall.ranks]
-        recall.add(likeliest, np.stack(chosen, axis=1))
-    return {"recall_at_k": recall.at(recall.top_k), "recall_at_2k": recall.at(2 * recall.top_k)}
 
 
 def check_traces(path: Path, bundle: PredictorBundle, info: TraceInfo) -> None:

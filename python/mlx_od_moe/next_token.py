@@ -1,33 +1,72 @@
-"""What the first MoE layers will choose for the next token, by the state before the last one.
-
-At a token's end nothing else is known to read. Once the next token is there, its own predictions
-take the place of these.
-"""
+"""A predictor file's part that speaks of the next token: what it may be, and how it is kept."""
 
 from __future__ import annotations
 
-from ._ext import NextTokenPrefetcher, Prefetcher
-from .predictor_bundle import PredictorBundle
-from .shadow_runner import ShadowRunner
-from .token_experts import WIDTH
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .predictor_config import PredictorConfig
+from .predictor_file import Quantization, named
+from .shadow_model import ExpertPredictor
+
+_PREFIX = "next_token."  # before the names of its tensors
+_KEY = "next_token"  # its configuration in the metadata
 
 
-def next_token_runner(
-    bundle: PredictorBundle, prefetcher: Prefetcher, format: str, threads: int
-) -> ShadowRunner | None:
-    """A runner whose layer 0 is the bundle's last MoE layer: it prefetches for the first ones.
+def check_next_token(
+    found: ExpertPredictor, moe_layers: Sequence[int], predictors: Iterable[ExpertPredictor]
+) -> None:
+    """Raise ValueError where it is no plain MLP on the states of the same model."""
+    own = found.config
+    for predictor in predictors:
+        config = predictor.config
+        for name in ("hidden_size", "num_experts", "top_k"):
+            if getattr(own, name) != getattr(config, name):
+                raise ValueError(
+                    f"[PredictorBundle] the next token's predictor is for {name} "
+                    f"{getattr(own, name)}, the layers' are for {getattr(config, name)}"
+                )
+        if found.quantization != predictor.quantization:
+            raise ValueError(
+                "[PredictorBundle] the next token's predictor must be quantised as the layers' are"
+            )
+    if own.lookahead > len(moe_layers):
+        raise ValueError(
+            f"[PredictorBundle] the next token's predictor is of {own.lookahead} layers; the model "
+            f"has {len(moe_layers)}"
+        )
+    if own.has_gate or own.has_context or own.previous_experts or found.shared_projection:
+        raise ValueError(
+            "[PredictorBundle] the next token's predictor must be an MLP on a state alone, without "
+            "gate, context, previous experts or a shared projection"
+        )
 
-    None where the bundle does not know.
+
+def next_token_contents(
+    found: ExpertPredictor | None,
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors and the metadata that a file holds of it; none of either for None."""
+    if found is None:
+        return {}, {}
+    return named(found, _PREFIX), {_KEY: dataclasses.asdict(found.config)}
+
+
+def read_next_token(
+    tensors: dict[str, mx.array],
+    metadata: dict[str, Any],
+    quantization: Quantization | None,
+    path: str | Path,
+) -> ExpertPredictor | None:
+    """What the file `path` holds of it; None where that is nothing.
+
+    Raises ValueError naming the file where a tensor is missing or has another shape.
     """
-    predictor = bundle.next_token
-    if predictor is None:
+    if _KEY not in metadata:
         return None
-    first = bundle.moe_layers[: predictor.config.lookahead]
-    return ShadowRunner(
-        predictor,
-        format,
-        threads,
-        moe_layers=range(len(first) + 1),
-        k=min(WIDTH, predictor.config.num_experts),
-        on_prediction=NextTokenPrefetcher(prefetcher, first),
-    )
+    predictor = ExpertPredictor(PredictorConfig(**metadata[_KEY]))
+    predictor.restore(tensors, _PREFIX, quantization, path)
+    return predictor

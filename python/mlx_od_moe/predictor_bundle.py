@@ -13,6 +13,7 @@ import mlx.core as mx
 from .calibration import SHIFT_INVARIANT
 from .context import ContextConfig, TokenMemory
 from .native_predictor import NativePredictor, make_native_bundle
+from .next_token import check_next_token, next_token_contents, read_next_token
 from .predictor_config import PredictorConfig
 from .predictor_file import Quantization, described_by, named, read_tensors, restore, write_tensors
 from .projection import Projection
@@ -37,9 +38,9 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         training: how they were trained, kept in the file; any JSON values.
         memories: {MoE layer: its TokenMemory}, of all targets of predictors with a context.
         token_experts: what the first MoE layers choose by the token alone; None: not known.
+        next_token: an MLP on the last MoE layer's input; distance d is the d-th MoE layer of the
+            next token of the sequence. Not among the mapping's items. None: there is none.
     """
-
-    next_token: ExpertPredictor | None = None
 
     def __init__(
         self,
@@ -48,11 +49,13 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         training: dict[str, Any] | None = None,
         memories: Mapping[int, TokenMemory] | None = None,
         token_experts: TokenExperts | None = None,
+        next_token: ExpertPredictor | None = None,
     ):
         self.moe_layers = list(moe_layers)
         self.training = training or {}
         self.memories = dict(sorted((memories or {}).items()))
         self.token_experts = token_experts
+        self.next_token = next_token
         self._predictors = {layer: predictors[layer] for layer in sorted(predictors)}
         if not self._predictors:
             raise ValueError("[PredictorBundle] needs the predictor of at least one layer")
@@ -67,6 +70,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         self._check_memories()
         self._check_projection()
         self._check_token_experts()
+        if next_token is not None:
+            check_next_token(next_token, self.moe_layers, self._predictors.values())
 
     def _check_memories(self) -> None:
         configs = {p.config.context for p in self._predictors.values() if p.config.has_context}
@@ -192,8 +197,9 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             for layer, predictor in self.items()
         }
         memories = {layer: m.quantized(bits, group_size) for layer, m in self.memories.items()}
+        next_token = self.next_token and self.next_token.quantized(bits, group_size)
         return PredictorBundle(
-            self.moe_layers, predictors, self.training, memories, self.token_experts
+            self.moe_layers, predictors, self.training, memories, self.token_experts, next_token
         )
 
     def save(self, path: str | Path, bits: int | None = None) -> None:
@@ -203,7 +209,8 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         if self.token_experts is not None:
             found = self.token_experts.tensors().items()
             tensors |= {_TOKEN_EXPERTS + name: tensor for name, tensor in found}
-        write_tensors(path, tensors, "bundle", metadata)
+        next_tensors, config = next_token_contents(bundle.next_token)
+        write_tensors(path, tensors | next_tensors, "bundle", metadata | config)
 
     def native(self, format: str = "int4", threads: int = 1) -> dict[int, NativePredictor]:
         """{MoE layer: its predictor's forward in C++}; see ExpertPredictor.native.
@@ -211,6 +218,10 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         All share one allocation, their routers, and one set of helper threads.
         """
         return make_native_bundle(*self._contents(), format, threads)
+
+    def native_next_token(self, format: str = "int4", threads: int = 1) -> NativePredictor | None:
+        """`next_token` in C++, None where there is none; see ExpertPredictor.native."""
+        return None if self.next_token is None else self.next_token.native(format, threads)
 
     def _contents(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
         """What a file holds of predictors: tensors and metadata."""
@@ -268,4 +279,6 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             own = _TOKEN_EXPERTS
             found = {n[len(own) :]: t for n, t in tensors.items() if n.startswith(own)}
             token_experts = TokenExperts.from_tensors(found) if found else None
-            return cls(moe_layers, predictors, metadata["training"], memories, token_experts)
+            next_token = read_next_token(tensors, metadata, quantization, path)
+            training = metadata["training"]
+            return cls(moe_layers, predictors, training, memories, token_experts, next_token)

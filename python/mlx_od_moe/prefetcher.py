@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ._ext import PassObserver, PredictionQueue, Prefetcher
 from .cache_rows import Place
 from .expert_store import ExpertStore
-from .next_token import next_token_runner
+from .next_token_runner import next_token_runner
 from .predictor_bundle import PredictorBundle
 from .sequences import MOST_KEPT, Sequences
 from .shadow_runner import ShadowRunner

@@ -33,6 +33,13 @@ def table(result: dict[str, Any]) -> str:
     rows += _details(result["methods"]["predictor"], k)
     if first := result["by_token"]:
         rows.append(_row("layers 1, 2, … by token", first["recall_at_k"], first["recall_at_2k"]))
+    if following := result.get("next_token"):
+        rows.append("\nlayers 1, 2, … of the next token, by the last layer's state:")
+        for label, found in (
+            ("  previous token", following["previous_token"]),
+            ("  shadow model", following),
+        ):
+            rows.append(_row(label, found["recall_at_k"], found["recall_at_2k"]))
     control, margin = result["control"].values(), result["margin"]
     rows.append(f"\n{result['samples']:,} tokens, mean over {len(result['layers'])} layers, ")
     rows[-1] += f"the model's top {k} of {result['num_experts']} experts."

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 from . import _ext
 from ._ext import (
@@ -20,7 +21,7 @@ from .predictor_bundle import PredictorBundle
 from .predictor_file import kind_of
 from .shadow_model import ExpertPredictor
 
-OnPrediction = Callable[[Prediction], object] | Prefetcher | NextTokenPrefetcher
+OnPrediction: TypeAlias = Callable[[Prediction], object] | Prefetcher | NextTokenPrefetcher
 # A single predictor names no layers: it may stand for any of these.
 _ANY_LAYERS = range(256)
 

@@ -111,12 +111,14 @@ def fit(
     options: FitOptions,
     checkpoint: Path,
     advance: Advance,
+    forward: Scorer | None = None,
 ) -> Recall:
     """Train `predictor` in place to its best validation epoch; returns the recall there.
 
     `checkpoint` (.safetensors) is written after every epoch and taken up again where it exists, so
     that an interrupted run ends with the same weights as an uninterrupted one. `advance` hears of
-    `epochs` times the training samples in all, however early training stops.
+    `epochs` times the training samples in all, however early training stops. `forward`: computes
+    the predictor's logits for its steps; None: it does itself, as it always does for validation.
     """
     steps = math.ceil(len(training) / options.batch_size)
     warmup = max(1, steps // 10)
@@ -131,7 +133,7 @@ def fit(
     optimizer.init(predictor.trainable_parameters())
     top_k = predictor.config.top_k
     state, best = _resume(checkpoint, predictor, optimizer)
-    step = _step_function(predictor, optimizer, options)
+    step = _step_function(predictor, optimizer, options, forward or predictor)
     advance(state.epoch * len(training))
     while not state.finished(options):
         order = np.random.default_rng([options.seed, training.layer, state.epoch])
@@ -161,12 +163,12 @@ def _check_finite(predictor: nn.Module, layer: int, options: FitOptions) -> None
 
 
 def _step_function(
-    predictor: nn.Module, optimizer: Any, options: FitOptions
+    predictor: nn.Module, optimizer: Any, options: FitOptions, forward: Scorer
 ) -> Callable[[Samples], None]:
     loss_of = LOSSES[options.loss]
 
     def loss(h: mx.array, previous: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
-        return loss_of(predictor(h, previous), chosen, log_probs)
+        return loss_of(forward(h, previous), chosen, log_probs)
 
     gradient = nn.value_and_grad(predictor, loss)
 

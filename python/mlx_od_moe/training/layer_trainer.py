@@ -43,7 +43,7 @@ class TrainingOptions:
 
     `share_trunk`: all layers have one projection. With that or a context all layers are trained
     together (bundle_trainer.py), as the candidate "mlp+gate", or "mlp" where the routers are not
-    known.
+    known. `next_token`: train what predicts the next token's first layers too (next_token.py).
     """
 
     predictor_size: int = 1024
@@ -54,6 +54,7 @@ class TrainingOptions:
     context: ContextConfig | None = None
     trunk_rank: int = 0
     share_trunk: bool = False
+    next_token: bool = True
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:

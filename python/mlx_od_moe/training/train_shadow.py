@@ -25,6 +25,7 @@ from ..token_table import TokenTable
 from .bundle_trainer import train_together
 from .dataset import read_array, split_documents
 from .layer_trainer import LayerTrainer, TrainingOptions, train_layer
+from .next_token import next_token_datasets, train_next_token
 from .traces import TraceInfo, open_traces
 from .workers import run_layers
 
@@ -50,8 +51,10 @@ def train_shadow_model(
 
     Training and validation samples come from different documents. Each candidate is trained with
     early stopping; gate lookahead alone takes its place at distances where that is better, and per
-    layer the candidate is kept whose mean validation recall@k is then the best. An interrupted run
-    goes on where it stopped when called again: its state lies in `out` + ".checkpoint", and is
+    layer the candidate is kept whose mean validation recall@k is then the best. Last comes the
+    predictor of the next token's first layers, unless the options leave it out or the traces lack
+    what it needs; the bundle's training then says why, as "next_token". An interrupted run goes on
+    where it stopped when called again: its state lies in `out` + ".checkpoint", and is
     removed at the end.
 
     Args:
@@ -79,6 +82,7 @@ def train_shadow_model(
     settings = info, options, checkpoint, memory_bytes
     trainer = LayerTrainer(*settings)
     predictors, memories, reports = _train(trainer, trainable, jobs, progress)
+    next_token, next_report = _train_next(trainer, progress)
     metrics = [report["validation"] for report in reports.values()]
     training = {
         "traces": fingerprint(info),
@@ -86,9 +90,11 @@ def train_shadow_model(
         "options": dataclasses.asdict(options),
         "validation": mean_over_layers(metrics),
         "layers": reports,
-    }
+    } | next_report
     first = learn_token_experts(info, trainer.split[0])
-    PredictorBundle(list(info.moe_layers), predictors, training, memories, first).save(out, bits)
+    layers_of_model = list(info.moe_layers)
+    bundle = PredictorBundle(layers_of_model, predictors, training, memories, first, next_token)
+    bundle.save(out, bits)
     shutil.rmtree(checkpoint)
     return PredictorBundle.load(out)
 
@@ -130,6 +136,26 @@ def _train(
                 bar.write(_summary(layer, trainer.info.top_k, report), file=sys.stderr)
     reports = dict(sorted(reports.items()))
     return {n: ExpertPredictor.load(trainer.finished(n)) for n in reports}, {}, reports
+
+
+def _train_next(
+    trainer: LayerTrainer, progress: bool
+) -> tuple[ExpertPredictor | None, dict[str, Any]]:
+    """The next token's predictor, and what the training's report says of it."""
+    if not trainer.options.next_token:
+        return None, {}
+    datasets = next_token_datasets(trainer)
+    if isinstance(datasets, str):
+        if progress:
+            print(f"next token: left out, {datasets}", file=sys.stderr)
+        return None, {"next_token": {"left_out": datasets}}
+    work = trainer.options.fit.epochs * len(datasets[0])
+    with progress_bar(work, "train next token", "token", progress) as bar:
+        predictor, metrics = train_next_token(trainer, datasets, bar.update)
+        if progress:
+            recall = " ".join(f"{x:.3f}" for x in metrics["recall_at_k"])
+            bar.write(f"next token: recall@{trainer.info.top_k} {recall}", file=sys.stderr)
+    return predictor, {"next_token": {"validation": metrics}}
 
 
 def _trainable(traces: TraceInfo, layers: Iterable[int] | None) -> list[int]:
