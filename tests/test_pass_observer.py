@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 import mlx_od_moe
 from checkpoints import model_directory
 from mlx_od_moe.pack import pack
+from mlx_od_moe.predictor_bundle import PredictorBundle
 from mlx_od_moe.token_experts import TokenExperts
 from mlx_od_moe.token_table import TokenTable
 from test_graph_leases import LAYERS, TOKEN, TOP_K, assert_that_all_leases_have_ended
@@ -124,6 +125,20 @@ def test_a_token_is_predicted_from_before_its_pass_reaches_a_layer(opened):
     row = next(r for r in runtime._prefetcher._native.recalls() if r["layer"] == 0)
     assert row["predictions"] == 4
     assert row["chosen"] == 4 * TOP_K
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_the_next_tokens_first_layers_are_predicted(opened, listened):
+    bundle = PredictorBundle.load(model_directory("nano-moe") / "predictor.safetensors")
+    model, runtime = opened(bundle, listened)
+    cache = make_prompt_cache(model)
+    for token in (5, 6, 7, 8, 9):
+        mx.eval(model(mx.array([[token]]), cache=cache))
+        runtime._prefetcher._next.get_predictions_for_layer(1, None)
+    rows = runtime.report()["prediction"]["next_token"]
+    assert [*rows] == [0, 1, 2, 3]
+    assert all(row["predictions"] == 4 for row in rows.values())
+    assert all(0 < row["recall_at_k"] < 1 for row in rows.values())
 
 
 def test_passes_ahead_of_their_evaluation_are_predicted_in_order(opened):

@@ -23,13 +23,14 @@ def add_model_flags(flag: Any) -> None:
     flag("--policy", choices=eviction_policies(), default="lrfu", help="who makes room")
     flag("--disk", help="read as slowly as a disk like 500MB/s,100us, for measurements")
     flag("--direct-io", action="store_true", help="pass the system's page cache by")
+    flag("--threads", type=int, help="CPU threads that compute a call's experts (default: 2)")
     flag("--usage", help="file of --save-usage: begin with the experts that were used most")
     flag("--save-usage", help="write which experts were used to this file")
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any, Runtime]:
     """(model, tokenizer, runtime) as the flags of `add_model_flags` ask."""
-    names = ("predictor", "capacity", "policy", "disk", "direct_io", "usage")
+    names = ("predictor", "capacity", "policy", "disk", "direct_io", "usage", "threads")
     return load(options.model, progress=True, **{name: getattr(options, name) for name in names})
 
 

@@ -177,7 +177,7 @@ def write_shard(path: Path, arrays: Arrays) -> None:
     try:
         with zipfile.ZipFile(temporary, "w", compresslevel=1) as archive:
             for name, array in arrays.items():
-                # States barely compress, and unpacking them took training a minute per GB.
+                # States barely compress, and unpacking them took training some ten seconds per GB.
                 stored = array.dtype == np.float16
                 archive.compression = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
