@@ -128,7 +128,9 @@ void Prefetcher::reached(int layer, std::span<const int32_t> ids, uint64_t step)
   }
   for (Distance& distance : at.distances) {
     Named& named = distance.named;
-    if (!std::exchange(named.judged, true) && named.step == step) judge(at, distance, chosen);
+    if (named.judged || named.step > step) continue;
+    named.judged = true;
+    if (named.step == step) judge(at, distance, chosen);
   }
 }
 
