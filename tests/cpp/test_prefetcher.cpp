@@ -93,7 +93,7 @@ TEST_CASE("a prediction of an earlier step is not judged") {
 TEST_CASE("what the next token will choose is read at once, and judged when it has chosen") {
   PrefetcherRig rig;
   rig.prefetcher->take_next(PrefetcherRig::record_of({4, 5}, 0, 3));
-  rig.settle(2);
+  rig.settle();
   rig.prefetcher->reached(3, Ids{6}, 0);
   CHECK(rig.recall(0).predictions == 0);
   rig.prefetcher->reached(3, Ids{4, 7}, 1);
