@@ -35,7 +35,7 @@ TEST_CASE("acquired experts lie in slots of their own, byte for byte") {
 
 TEST_CASE("what one call misses is read in the order of the file") {
   Rig rig(4, 1);
-  rig.use(1, {6, 1, 4, 0});
+  CHECK(rig.store->request(1, Ids{6, 1, 4, 0}).wait());  // acquire would read beside the one reader
   CHECK(rig.disk->begun() == std::vector<std::pair<int, int>>{{1, 0}, {1, 1}, {1, 4}, {1, 6}});
 }
 
