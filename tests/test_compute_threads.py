@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import load as load_stock
 
 import mlx_od_moe
 from checkpoints import model_directory
+from mlx_od_moe.cli import main
 from mlx_od_moe.compute_threads import SORTED_FROM, ComputeThreads
 
 HIDDEN = 4
@@ -89,6 +91,33 @@ def test_logits_are_bit_identical(threads, capacity):
     model, _, runtime = mlx_od_moe.load(nano, capacity=capacity, threads=threads)
     with runtime:
         assert mx.array_equal(logits(model, prompt), logits(load_stock(str(nano))[0], prompt))
+
+
+@pytest.mark.parametrize(("threads", "parts"), [(1, [8]), (2, [4, 4])])
+@pytest.mark.parametrize("capacity", ["25%", "100%"])
+@pytest.mark.parametrize("listened", [False, True])
+def test_a_model_computes_with_them(threads, parts, capacity, listened, monkeypatch):
+    seen = []
+    call = SwitchGLU.__call__
+    monkeypatch.setattr(
+        SwitchGLU, "__call__", lambda self, x, ids: seen.append(ids.shape[-1]) or call(self, x, ids)
+    )
+    model, _, runtime = mlx_od_moe.load(
+        model_directory("nano-moe"), capacity=capacity, threads=threads
+    )
+    if listened:
+        runtime.on_routing = lambda *_: None
+    with runtime:
+        mx.eval(model(mx.array([[7]])))
+    assert seen == parts * len(runtime.layers)
+
+
+@pytest.mark.parametrize("command", ["generate", "bench runtime"])
+def test_the_command_line_says_how_many(command, capsys):
+    flags = ["--model", str(model_directory("nano-moe")), "--threads", "0"]
+    flags += ["--prompt", "x"] if command == "generate" else ["--rows", "resident"]
+    assert main([*command.split(), *flags]) == 1
+    assert "threads must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_python_threads_compute_beside_each_other():

@@ -137,7 +137,8 @@ def test_the_next_tokens_first_layers_are_predicted(opened, listened):
         runtime._prefetcher._next.get_predictions_for_layer(1, None)
     rows = runtime.report()["prediction"]["next_token"]
     assert [*rows] == [0, 1, 2, 3]
-    assert all(row["predictions"] == 4 for row in rows.values())
+    # A busy machine may predict after the next token has begun.
+    assert all(0 < row["predictions"] <= 4 for row in rows.values())
     assert all(0 < row["recall_at_k"] < 1 for row in rows.values())
 
 

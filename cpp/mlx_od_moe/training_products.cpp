@@ -111,6 +111,18 @@ void multiply(const Bf16Products& products, const Operand& left, const Operand& 
   products.multiply(&product, 1, results);
 }
 
+// out [rows of a, columns] = a times `right`; a is packed some rows at a time.
+void multiply_in_parts(const Bf16Products& products, Workspace& memory, const Rows& a, const Operand& right,
+                       int columns, float* out) {
+  const Operand left = memory.operand(std::min(a.rows, kForwardTokens), right.tiles);
+  for (int t = 0; t < a.rows; t += kForwardTokens) {
+    const int count = std::min(kForwardTokens, a.rows - t);
+    const Operand some{left.data, left.stride, 2 * blocks(count), left.tiles};
+    products.pack_rows(some_rows(a, t, count), kLeft, some);
+    multiply(products, some, right, plain(out + size_of(t) * size_of(columns), count, columns));
+  }
+}
+
 // The tokens from `first` on of what run_layers keeps.
 Operand active_of(uint16_t* active, int hidden, int first, int tokens) {
   const int tiles = depth_tiles(hidden);
@@ -173,26 +185,12 @@ void orthogonalize(const Bf16Products& products, Workspace& memory, const MuonSt
 
 void multiply_rows(const Bf16Products& products, const Rows& a, const Rows& b, float* out) {
   Workspace& memory = Workspace::begin();
-  const Operand right = rows_packed(products, memory, b, kRight);
-  const Operand left = memory.operand(std::min(a.rows, kForwardTokens), right.tiles);
-  for (int t = 0; t < a.rows; t += kForwardTokens) {
-    const int count = std::min(kForwardTokens, a.rows - t);
-    const Operand some{left.data, left.stride, 2 * blocks(count), left.tiles};
-    products.pack_rows(some_rows(a, t, count), kLeft, some);
-    multiply(products, some, right, plain(out + size_of(t) * size_of(b.rows), count, b.rows));
-  }
+  multiply_in_parts(products, memory, a, rows_packed(products, memory, b, kRight), b.rows, out);
 }
 
 void multiply(const Bf16Products& products, const Rows& a, const Rows& b, float* out) {
   Workspace& memory = Workspace::begin();
-  const Operand right = columns_packed(products, memory, b, kRight);
-  const Operand left = memory.operand(std::min(a.rows, kForwardTokens), right.tiles);
-  for (int t = 0; t < a.rows; t += kForwardTokens) {
-    const int count = std::min(kForwardTokens, a.rows - t);
-    const Operand some{left.data, left.stride, 2 * blocks(count), left.tiles};
-    products.pack_rows(some_rows(a, t, count), kLeft, some);
-    multiply(products, some, right, plain(out + size_of(t) * size_of(b.columns), count, b.columns));
-  }
+  multiply_in_parts(products, memory, a, columns_packed(products, memory, b, kRight), b.columns, out);
 }
 
 void multiply_columns(const Bf16Products& products, const Rows& a, const Rows& b, float* out) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from threading import Lock
 from typing import Any
 
@@ -240,10 +241,9 @@ class ShadowPrefetcher:
     def report(self) -> dict[str, Any]:
         """Recall per distance and layer, what is switched off, and the runner's counts.
 
-        "next_token": of the first layers, predicted at the token before.
-
         "recall_at_k" is that of the predictors. The first layers are predicted by the token, layer
-        i at distance i + 1: see "by_token", {layer: recall@k}.
+        i at distance i + 1: see "by_token", {layer: recall@k}. "next_token", {layer: its counts}:
+        of the first layers, predicted at the token before.
         """
         judged = [r for r in self._native.recalls() if r["predictions"]]
         rows = [r for r in judged if r["distance"]]
@@ -273,10 +273,11 @@ class ShadowPrefetcher:
         }
 
     def close(self) -> None:
-        """End the runner's thread. Twice is once."""
-        for runner in (self._next, self._runner):
-            if runner is not None:
-                runner.close()
+        """End the runners' threads. Twice is once."""
+        with ExitStack() as stack:  # both, whatever one raises
+            for runner in (self._next, self._runner):
+                if runner is not None:
+                    stack.callback(runner.close)
 
 
 def _is_decoding(rows: tuple[int, ...]) -> bool:

@@ -50,6 +50,7 @@ class Runtime:
         guarded: bool = True,
         threads: int | None = None,
     ):
+        self._threads = ComputeThreads(threads)
         self.store = store
         self.layers = layers
         self.on_routing: Callable[[int, mx.array, np.ndarray[Any, Any]], object] | None = None
@@ -61,7 +62,6 @@ class Runtime:
         self._step = 0
         self._reached = len(layers)
         self._hooks = ExitStack()
-        self._threads = ComputeThreads(threads)
         self._experts = [StoredExperts(layer, store) for layer in layers]
         for i in range(len(layers)):
             self._install(i)

@@ -14,17 +14,12 @@ constexpr int kFewForInt4 = 8;    // whose groups cost more
 constexpr int kTileTokens = 16;   // rows of a tile of activations
 constexpr int kTileBytes = 1024;  // 16 rows of 64 bytes
 
-// Tiles 0-3: results of 2 x 16 tokens by 2 panels; 4, 5: the tokens; 6, 7: the panels.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+#include "mlx_od_moe/kernels/tile_config.inl"
 
 inline int tokens_in(int left) { return left < kTileTokens ? left : kTileTokens; }
 
+// Tiles 0-3: results of 2 x 16 tokens by 2 panels; 4, 5: the tokens; 6, 7: the panels.
+//
 // For `left` tokens: how many go to the first 16 and the second. Tiles without tokens keep one row, unused.
 inline void configure(int left) {
   TileConfig config;

@@ -147,13 +147,7 @@ inline void write(const float* block, int row, int column, const Results& to) {
   }
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+#include "mlx_od_moe/kernels/tile_config.inl"
 
 // A pair of panels of each side; out, [32][32] on a cache line, is set or added to.
 inline void multiply_block(const uint16_t* left, size_t left_stride, const uint16_t* right, size_t right_stride,
