@@ -66,7 +66,8 @@ def recalls(bundle: mlx_od_moe.PredictorBundle, traces: str) -> dict[int, Recall
     """{layer: recall} on all tokens of the traces."""
     targets = {layer: bundle.targets(layer) for layer in bundle}
     info = open_traces(traces)
-    model = SharedPredictors(dict(bundle), targets, CONTEXT, info.hidden_size)
+    asking = {layer: bundle.query_layer(layer) for layer in bundle}
+    model = SharedPredictors(dict(bundle), targets, CONTEXT, info.hidden_size, asking)
     model.memories = {name_of(layer): memory for layer, memory in bundle.memories.items()}
     return measure_blocks(model, targets, SequenceBlocks(info, info.moe_layers, CONTEXT.rows))
 

@@ -159,7 +159,8 @@ mlx_od_moe::PredictorConfig config_of(const nb::dict& options) {
   config.previous_experts = option<bool>(options, "previous_experts");
   if (const nb::object context = nb::borrow(options["context"]); !context.is_none()) {
     const nb::dict sizes = nb::cast<nb::dict>(context);
-    config.context = {option<int>(sizes, "window"), option<int>(sizes, "key_size"), option<int>(sizes, "state_size")};
+    config.context = {option<int>(sizes, "window"), option<int>(sizes, "key_size"), option<int>(sizes, "state_size"),
+                      option<bool>(sizes, "early_query")};
   }
   for (const nb::handle term : options["terms"]) {
     config.terms.push_back(mlx_od_moe::parse_term(nb::cast<std::string>(term)));

@@ -34,6 +34,15 @@ def make_states(tokens: int, seed: int = 1) -> dict[int, np.ndarray]:
     return {layer: rng.standard_normal((tokens, HIDDEN), dtype=np.float32) for layer in LAYERS}
 
 
+def vectors(
+    bundle: PredictorBundle, layer: int, states: dict[int, mx.array], sequence: mx.array
+) -> mx.array:
+    """The oracle's context vectors [tokens, INNER] of recorded states."""
+    found = bundle.context_vectors(layer, states[bundle.query_layer(layer)], states, sequence)
+    assert found is not None
+    return found
+
+
 def oracle(bundle: PredictorBundle, states: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     """{layer: logits [tokens, ...] of one sequence}."""
     arrays = {layer: mx.array(h) for layer, h in states.items()}
@@ -42,7 +51,7 @@ def oracle(bundle: PredictorBundle, states: dict[int, np.ndarray]) -> dict[int, 
         layer: np.array(
             bundle[layer](
                 arrays[layer],
-                context=bundle.context_vectors(layer, arrays[layer], arrays, sequence),
+                context=vectors(bundle, layer, arrays, sequence),
             )
         )
         for layer in bundle

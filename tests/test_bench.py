@@ -96,7 +96,7 @@ def test_context_writes_every_row(tmp_path, capsys):
     assert (result["window"], result["key_size"], result["state_size"]) == (20, 8, 4)
     (row,) = result["results"]
     found = row["microseconds"]
-    paths = ("previous state", "attention", "both")
+    paths = ("previous state", "attention", "both", "late")
     assert found.keys() == {"plain", *paths, *(f"observing, {name}" for name in paths)}
     for times in found.values():
         check_times(times)

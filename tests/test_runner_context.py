@@ -209,7 +209,8 @@ def test_a_state_that_fails_leaves_a_gap():
             ]
             own = mx.pad(sequence, [(6, 0)], constant_values=-1)[None]
             reader = bundle[layer].context
-            read = reader._attend(reader.query(arrays[layer][None]), memories, own)[0, -1]
+            asking = arrays[bundle.query_layer(layer)]
+            read = reader._attend(reader.query(asking[None]), memories, own)[0, -1]
             reads.append(read[4 * d : 4 * d + 4])
         vector = bundle[layer].context.attended(mx.concatenate(reads))
         bundle_vector[layer] = [np.array(bundle[layer](arrays[layer][-1], context=vector))]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_od_moe._ext import available_kernels
 
-from context_models import HIDDEN, INNER, LAYERS, make_bundle, make_states, oracle
+from context_models import HIDDEN, INNER, LAYERS, make_bundle, make_states, oracle, vectors
 from mlx_od_moe import ExpertPredictor, NativePredictor, PredictorBundle, PredictorConfig
 from mlx_od_moe.context import ContextConfig, TokenMemory
 from mlx_od_moe.native_predictor import SequenceContext, load_bundle
@@ -18,12 +18,13 @@ from mlx_od_moe.native_predictor import SequenceContext, load_bundle
 TOLERANCE = {"f32": 1e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 5e-2, "int4": 0.3}
 
 contexts = st.builds(
-    lambda window, key_size, state_size: ContextConfig(
-        window, key_size if window else 0, state_size if window else max(state_size, 1)
+    lambda window, key_size, state_size, early: ContextConfig(
+        window, key_size if window else 0, state_size if window else max(state_size, 1), early
     ),
     window=st.integers(0, 40),
     key_size=st.integers(1, 19),
     state_size=st.integers(0, 5),
+    early=st.booleans(),
 )
 
 
@@ -78,8 +79,13 @@ def test_decoding_is_what_the_oracle_computes(context, tokens, seed, trunk_rank)
 @pytest.mark.parametrize("format", TOLERANCE)
 @pytest.mark.parametrize(
     "context",
-    [ContextConfig(21, 19, 0), ContextConfig(0, 0, 7), ContextConfig(64, 64, 64)],
-    ids=["attention", "state", "both"],
+    [
+        ContextConfig(21, 19, 0),
+        ContextConfig(0, 0, 7),
+        ContextConfig(64, 64, 64),
+        ContextConfig(64, 64, 64, early_query=False),
+    ],
+    ids=["attention", "state", "both", "both, late"],
 )
 def test_every_format_and_kernel(monkeypatch, kernel, format, context, trunk_rank):
     monkeypatch.setenv("MLX_OD_MOE_KERNEL", kernel)
@@ -107,7 +113,7 @@ def test_decoding_goes_on_from_a_prefill(context, prompt, tail, chunk):
 
 
 @settings(max_examples=30, deadline=None)
-@given(context=contexts, before=st.integers(0, 50), batch=st.integers(1, 70))
+@given(context=contexts, before=st.integers(0, 50), batch=st.integers(1, 64))
 def test_tokens_of_one_call_see_what_was_there_before_it(context, before, batch):
     """At their true distance; what they leave at later layers is not there yet."""
     bundle = make_bundle(context)
@@ -123,7 +129,7 @@ def test_tokens_of_one_call_see_what_was_there_before_it(context, before, batch)
         for layer in bundle:
             arrays = {at: mx.array(h[: before + i + 1]) for at, h in states.items()}
             own = mx.array(sequence[: before + i + 1])
-            vector = bundle.context_vectors(layer, arrays[layer], arrays, own)[-1]
+            vector = vectors(bundle, layer, arrays, own)[-1]
             expected = np.array(bundle[layer](arrays[layer][-1], context=vector))
             assert error(found[layer][i], expected) < 2e-5
 
@@ -163,7 +169,7 @@ def test_a_longer_trim_leaves_what_the_ring_still_holds():
         arrays = {at: mx.array(h[:71]) for at, h in states.items()}
         sequence = mx.array([1] * 52 + [0] * 19)
         predictor = bundle[layer]
-        whole = bundle.context_vectors(layer, arrays[layer], arrays, sequence)[-1]
+        whole = vectors(bundle, layer, arrays, sequence)[-1]
         left = mx.concatenate(
             [bundle.memories[t](arrays[t][69])[8:] for t in bundle.targets(layer)]
         )
@@ -208,7 +214,7 @@ def test_a_token_that_was_left_out_is_seen_by_none():
     for layer in bundle:
         arrays = {at: mx.array(h) for at, h in states.items()}
         sequence = mx.array([0, 1, 0, 0])
-        vector = bundle.context_vectors(layer, arrays[layer], arrays, sequence)[-1]
+        vector = vectors(bundle, layer, arrays, sequence)[-1]
         expected = np.array(bundle[layer](arrays[layer][-1], context=vector))
         assert error(found[layer][0], expected) < 1e-5
 

@@ -322,8 +322,10 @@ void Forward::finish_trunk(const Query& query, int first, int tokens) {
     const Place& at = places_[t];
     if (at.attends) k.add(result(1, projects() ? 1 : 0, t), kernels::kFloat32, width, z);
     if (at.sequence != nullptr) {
-      const float* vector = at.sequence->previous_state(at.source, at.position);
-      if (vector != nullptr) k.add(vector, kernels::kFloat32, width, z);
+      for (const float* vector :
+           {at.sequence->previous_state(at.source, at.position), at.sequence->attended(at.source, at.position)}) {
+        if (vector != nullptr) k.add(vector, kernels::kFloat32, width, z);
+      }
     }
     if (p.config.layer_norm) k.layer_norm(z, width, p.norm_weight, p.norm_bias, kLayerNormEpsilon);
     (p.config.activation == Activation::silu ? k.silu : k.relu)(z, width);

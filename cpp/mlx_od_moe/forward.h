@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,7 @@ struct PackedContext {
   PackedMatrix attended;
   PackedMatrix previous_state;
   const float* position_bias = nullptr;  // [lookahead, window + 1]
+  std::optional<int> query_layer;        // whose states ask, before the predictor's own layer; none: its own do
   std::vector<PackedMemory> memories;    // per distance; their matrices are shared between predictors
 };
 
@@ -91,7 +93,7 @@ class Forward : public SharedWork {
     const SequenceContext* sequence = nullptr;
     size_t source = 0;
     int64_t position = 0;
-    bool attends = false;  // some earlier token can be seen
+    bool attends = false;  // that is left to do, and some earlier token can be seen
   };
   // One matrix and its input within a phase; its results start at `column` of the phase's rows.
   struct Product {

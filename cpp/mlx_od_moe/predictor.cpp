@@ -161,6 +161,7 @@ class Packer {
       packed.query = matrix(w.context.query);
       packed.attended = matrix(w.context.attended);
       packed.position_bias = vector(w.context.position_bias);
+      packed.query_layer = w.context.query_layer;
     }
     if (w.config.context.state_size > 0) packed.previous_state = matrix(w.context.previous_state);
     for (const TokenMemory* memory : w.context.memories) {

@@ -40,8 +40,9 @@ ContextConfig read_context(const Json& config) {
   const auto found = config.object().find("context");
   if (found == config.object().end() || found->second.is_null()) return {};
   const Json& json = found->second;
-  return {json.at("window").small_integer(), json.at("key_size").small_integer(),
-          json.at("state_size").small_integer()};
+  const auto early = json.object().find("early_query");  // nor were queries early
+  return {json.at("window").small_integer(), json.at("key_size").small_integer(), json.at("state_size").small_integer(),
+          early != json.object().end() && early->second.boolean()};
 }
 
 PredictorConfig read_config(const Json& json) {
@@ -176,6 +177,10 @@ PredictorBundle PredictorBundle::make(const Tensors& tensors, const Metadata& me
         const auto memory = memories.find(at[d]);
         if (memory == memories.end()) throw std::invalid_argument("no memory of layer " + std::to_string(at[d]));
         w.context.memories.push_back(&memory->second);
+      }
+      const ContextConfig& context = w.config.context;
+      if (context.window > 0 && context.early_query && at != bundle.moe_layers_.begin()) {
+        w.context.query_layer = at[-1];
       }
       layers.push_back(layer);
       weights.push_back(std::move(w));

@@ -22,6 +22,7 @@ std::string text(const ContextConfig& c) {
 // Of products off the critical path; a thread's own.
 struct Scratch {
   Activations activations;
+  AttentionScratch attention;
   std::vector<float> input, output;
 };
 
@@ -37,6 +38,24 @@ void multiply(const Packing& packing, const PackedMatrix& matrix, int tokens, in
   const size_t stride = size(matrix.padded_rows());
   scratch.output.resize(std::max(scratch.output.size(), stride * size(tokens)));
   packing.kernels->multiply[packing.format](matrix.panels, x, scratch.output.data(), stride);
+}
+
+// `tokens` of the states from `first` on into scratch.input, rows of as many columns as the matrix takes; returns
+// these.
+int load(const Packing& packing, const PackedMatrix& matrix, const Query& states, int first, int tokens,
+         Scratch& scratch) {
+  const int width = matrix.columns;
+  const int columns = packing.columns(size(width));
+  scratch.input.assign(size(columns) * size(tokens), 0.0f);
+  const kernels::Type type = kernel_type(states.dtype);
+  const size_t row_bytes = size(width) * (type == kernels::kFloat32 ? 4 : 2);
+  for (int t = 0; t < tokens; ++t) {
+    const char* from = static_cast<const char*>(states.hidden) + size(first + t) * row_bytes;
+    if (!packing.kernels->to_float(from, type, width, scratch.input.data() + size(t) * size(columns))) {
+      refuse("the state of token " + std::to_string(first + t) + " is not finite");
+    }
+  }
+  return columns;
 }
 
 }  // namespace
@@ -81,6 +100,7 @@ void SequenceContext::add(const Predictor& predictor) {
     memories_[found->second].sources.push_back(sources_.size());
     source.memories.push_back(found->second);
   }
+  if (packed.context.query_layer) asking_.emplace(*packed.context.query_layer, sources_.size());
   sources_.push_back(std::move(source));
   predictors_.push_back(predictor);
 }
@@ -95,15 +115,22 @@ void SequenceContext::observe_row(int layer, const Query& states, int row, int64
 
 // `tokens` of the states from `begin` on, the first of which stands at `given`.
 void SequenceContext::observe(int layer, const Query& states, int begin, int tokens, int64_t given) {
-  const auto found = layers_.find(layer);
-  if (found == layers_.end() || tokens <= 0) return;
-  Memory& memory = memories_[found->second];
-  const int64_t length = memory.memory.length();
-  const int64_t position = given < 0 ? length : given;
-  if (position < length) {
-    refuse("layer " + std::to_string(layer) + " has seen " + std::to_string(length) +
-           " tokens, got another of position " + std::to_string(position) + ": trim first");
+  const auto memory = layers_.find(layer);
+  const auto asking = asking_.find(layer);
+  if (!remembers(layer) || tokens <= 0) return;
+  const int64_t next = memory != layers_.end() ? length(layer) : position(asking->second);
+  const int64_t place = given < 0 ? next : given;
+  if (memory != layers_.end()) {
+    if (place < next) {
+      refuse("layer " + std::to_string(layer) + " has seen " + std::to_string(next) +
+             " tokens, got another of position " + std::to_string(place) + ": trim first");
+    }
+    remember(memories_[memory->second], states, begin, tokens, place);
   }
+  if (asking != asking_.end()) ask(asking->second, states, begin, tokens, place);
+}
+
+void SequenceContext::remember(Memory& memory, const Query& states, int begin, int tokens, int64_t position) {
   const int64_t end = position + tokens;
   try {
     for (int first = std::max(0, tokens - memory.memory.kept()); first < tokens; first += kMaxTokens) {
@@ -119,21 +146,36 @@ void SequenceContext::observe(int layer, const Query& states, int begin, int tok
 void SequenceContext::encode(Memory& memory, const Query& states, int first, int tokens, int64_t position) {
   const PackedPredictor& owner = *memory.owner;
   const PackedMatrix& matrix = owner.context.memories[memory.distance].encode;
-  const int width = matrix.columns;
-  const int columns = owner.packing.columns(size(width));
   Scratch& scratch = scratch_of_this_thread();
-  scratch.input.assign(size(columns) * size(tokens), 0.0f);
-  const kernels::Type type = kernel_type(states.dtype);
-  const size_t row_bytes = size(width) * (type == kernels::kFloat32 ? 4 : 2);
-  for (int t = 0; t < tokens; ++t) {
-    const char* from = static_cast<const char*>(states.hidden) + size(first + t) * row_bytes;
-    if (!owner.packing.kernels->to_float(from, type, width, scratch.input.data() + size(t) * size(columns))) {
-      refuse("the state of token " + std::to_string(first + t) + " is not finite");
-    }
-  }
+  const int columns = load(owner.packing, matrix, states, first, tokens, scratch);
   multiply(owner.packing, matrix, tokens, columns, scratch);
   for (int t = 0; t < tokens; ++t) {
     memory.memory.append(position + t, scratch.output.data() + size(t) * size(matrix.padded_rows()));
+  }
+}
+
+// Attends for tokens whose states the source's own layer is yet to see.
+void SequenceContext::ask(size_t source, const Query& states, int first, int tokens, int64_t position) {
+  attended_.tokens = 0;
+  if (tokens > kMaxTokens || !sees(source, position)) return;
+  const PackedPredictor& p = *sources_[source].predictor;
+  const PackedContext& context = p.context;
+  Scratch& scratch = scratch_of_this_thread();
+  multiply(p.packing, context.query, tokens, load(p.packing, context.query, states, first, tokens, scratch), scratch);
+  const size_t queries = size(context.query.padded_rows());
+  const int columns = p.packing.columns(size(context.attended.columns));
+  scratch.input.assign(size(columns) * size(tokens), 0.0f);
+  for (size_t t = 0; t < size(tokens); ++t) {
+    attend(source, position + static_cast<int64_t>(t), scratch.output.data() + t * queries, scratch.attention,
+           scratch.input.data() + t * size(columns));
+  }
+  multiply(p.packing, context.attended, tokens, columns, scratch);
+  const size_t width = size(p.config.predictor_size);
+  attended_ = {source, position, tokens, std::move(attended_.vectors)};
+  attended_.vectors.resize(width * size(tokens));
+  for (size_t t = 0; t < size(tokens); ++t) {
+    std::copy_n(scratch.output.data() + t * size(context.attended.padded_rows()), width,
+                attended_.vectors.data() + t * width);
   }
 }
 
@@ -162,6 +204,7 @@ void SequenceContext::trim(int64_t tokens) {
 
 void SequenceContext::trim_to(int64_t length) {
   for (Memory& memory : memories_) memory.memory.trim(std::max<int64_t>(length, 0));
+  attended_.tokens = 0;
   for (Source& source : sources_) {
     source.position = -1;
     refresh(source, this->length());
@@ -187,7 +230,7 @@ size_t SequenceContext::bytes() const {
   size_t bytes = 0;
   for (const Memory& memory : memories_) bytes += memory.memory.bytes();
   for (const Source& source : sources_) bytes += source.vector.size() * sizeof(float);
-  return bytes;
+  return bytes + attended_.vectors.size() * sizeof(float);
 }
 
 size_t SequenceContext::source_of(const PackedPredictor& predictor) const {
@@ -202,6 +245,10 @@ int64_t SequenceContext::position(size_t source) const {
 }
 
 bool SequenceContext::attends(size_t source, int64_t position) const {
+  return !sources_[source].predictor->context.query_layer && sees(source, position);
+}
+
+bool SequenceContext::sees(size_t source, int64_t position) const {
   if (config_.window == 0) return false;
   const auto& memories = sources_[source].memories;
   return std::any_of(memories.begin(), memories.end(),
@@ -211,6 +258,12 @@ bool SequenceContext::attends(size_t source, int64_t position) const {
 const float* SequenceContext::previous_state(size_t source, int64_t position) const {
   const Source& s = sources_[source];
   return config_.state_size > 0 && s.position == position ? s.vector.data() : nullptr;
+}
+
+const float* SequenceContext::attended(size_t source, int64_t position) const {
+  const Attended& a = attended_;
+  if (a.source != source || position < a.position || position >= a.position + a.tokens) return nullptr;
+  return a.vectors.data() + size(position - a.position) * size(sources_[source].predictor->config.predictor_size);
 }
 
 void SequenceContext::attend(size_t source, int64_t position, const float* query, AttentionScratch& scratch,

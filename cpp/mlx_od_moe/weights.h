@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -60,9 +61,10 @@ struct Router {
 
 // The same options as Python's ContextConfig; all 0: no context.
 struct MLX_OD_MOE_API ContextConfig {
-  int window = 0;      // earlier tokens that attention sees
-  int key_size = 0;    // width of a token's key and of its value
-  int state_size = 0;  // width of the previous token's encoded state
+  int window = 0;           // earlier tokens that attention sees
+  int key_size = 0;         // width of a token's key and of its value
+  int state_size = 0;       // width of the previous token's encoded state
+  bool early_query = true;  // attention's query is of the state at the MoE layer before, where there is one
 
   bool operator==(const ContextConfig&) const = default;
   explicit operator bool() const { return window > 0 || state_size > 0; }
@@ -106,6 +108,7 @@ struct ContextWeights {
   Tensor position_bias;   // [lookahead, window + 1]
   // Per distance, shared between predictors. None: its caller brings the context's vectors.
   std::vector<const TokenMemory*> memories;
+  std::optional<int> query_layer;  // whose states the query is of; none: the predictor's own
 };
 
 struct PredictorWeights {

@@ -70,6 +70,7 @@ def _fit(
             for layer in bundle
         }
     targets = {layer: bundle.targets(layer) for layer in bundle}
-    layers = sorted({*bundle, *(target for ahead in targets.values() for target in ahead)})
+    asking = {bundle.query_layer(layer) for layer in bundle}
+    layers = sorted({*bundle, *asking, *(target for ahead in targets.values() for target in ahead)})
     blocks = SequenceBlocks(info, layers, bundle.context.rows, documents)
     return fit_block_calibrations(bundle_logits(bundle, [*bundle]), targets, blocks)

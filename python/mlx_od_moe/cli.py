@@ -148,6 +148,7 @@ def _train_flags(flag: Any) -> None:
     flag("--window", type=int, default=64, help="earlier tokens that attention sees")
     flag("--key-size", type=int, default=64, help="width of attention's keys and values")
     flag("--state-size", type=int, default=64, help="width of the previous token's encoded state")
+    flag("--late-query", action="store_true", help="attention asks with the layer's own state")
     flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
     together = "with a context or --share-trunk"
     flag("--epochs", type=int, default=None, help=f"default: 20, {together} 3")
@@ -211,7 +212,7 @@ def _context(options: argparse.Namespace) -> ContextConfig | None:
         return None
     attends = options.context == "attention"
     window, key_size = (options.window, options.key_size) if attends else (0, 0)
-    return ContextConfig(window, key_size, options.state_size)
+    return ContextConfig(window, key_size, options.state_size, not options.late_query)
 
 
 def _evaluate_flags(flag: Any) -> None:

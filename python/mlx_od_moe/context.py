@@ -11,13 +11,15 @@ matrix:
 
 s_d is the previous token's encoded state at target d, and a_d one head of attention over the keys
 and values of the last `window` tokens there. The first term is known as soon as the previous token
-has passed the last target; only the attention needs this token's state.
+has passed the last target. The attention's query is made of this token's state, but of that at the
+MoE layer before (`early_query`): when the predictor's own layer is reached, both terms are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,11 +39,14 @@ class ContextConfig:
         window: earlier tokens that attention sees; 0: no attention.
         key_size: width of the keys and values of each layer's memory.
         state_size: width of the previous token's encoded state; 0: none.
+        early_query: attention's query is of the state at the MoE layer before the predictor's own,
+            but for the first layer, which has none before it. False: of the own layer's state.
     """
 
     window: int = 64
     key_size: int = 64
     state_size: int = 64
+    early_query: bool = True
 
     def __post_init__(self) -> None:
         for name in ("window", "key_size", "state_size"):
@@ -57,6 +62,11 @@ class ContextConfig:
         if not self.window and not self.state_size:
             raise ValueError("[ContextConfig] without window and state_size there is no context")
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> ContextConfig:
+        """As a file has it; in those from before there were early queries there are none."""
+        return cls(**{"early_query": False, **fields})
+
     @property
     def memory_size(self) -> int:
         """Numbers that one token leaves at one layer."""
@@ -66,6 +76,10 @@ class ContextConfig:
     def rows(self) -> int:
         """Earlier tokens that a vector depends on at most."""
         return max(1, self.window)
+
+    def query_layer(self, layer: int, moe_layers: Sequence[int]) -> int:
+        """The MoE layer with whose state `layer`'s predictor asks its targets' memories."""
+        return moe_layers[max(moe_layers.index(layer) - self.early_query, 0)]
 
 
 class TokenMemory(nn.Module):
@@ -111,17 +125,19 @@ class ContextReader(nn.Module):
             width = lookahead * config.state_size
             self.previous_state = nn.Linear(width, predictor_size, bias=False)
 
-    def __call__(self, h: mx.array, memories: Sequence[mx.array], sequence: mx.array) -> mx.array:
+    def __call__(
+        self, asking: mx.array, memories: Sequence[mx.array], sequence: mx.array
+    ) -> mx.array:
         """Context vectors [batch, n, predictor_size] of n tokens in order.
 
         Args:
-            h: their states at this layer, [batch, n, hidden_size].
+            asking: their states at the query's layer, [batch, n, hidden_size].
             memories: per distance, the target's [batch, rows + n, memory_size]: `config.rows` rows
                 that precede the first token, then those of the n tokens, read by later ones only.
             sequence: which sequence each of these rows belongs to, int [batch, rows + n]. Tokens
                 see only their own; rows that are not there have a number of their own.
         """
-        query = self.query(h) if self.config.window else None
+        query = self.query(asking) if self.config.window else None
         vectors = [matrix(read) for matrix, read in self.read(query, memories, sequence)]
         return vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
 

@@ -225,8 +225,8 @@ def _measure(bundle: PredictorBundle, split: Split, layer: int, shares: Shares) 
     if bundle.context is None:
         top_k = split.traces.top_k
         return measure(predictor, split.dataset(layer), top_k, shares, confidence)
-    layers, before = [layer, *targets], bundle.context.rows
-    blocks = SequenceBlocks(split.traces, layers, before, split.documents)
+    layers = [*{layer, bundle.query_layer(layer), *targets}]
+    blocks = SequenceBlocks(split.traces, layers, bundle.context.rows, split.documents)
     found = measure_blocks(
         bundle_logits(bundle, [layer]), {layer: targets}, blocks, shares, {layer: confidence}
     )
@@ -250,8 +250,8 @@ def bundle_logits(
         needed = {target for ahead in targets.values() for target in ahead}
         memories = {target: bundle.memories[target](block.states[target]) for target in needed}
         return {
-            layer: block_logits(bundle[layer], layer, ahead, memories, block)
-            for layer, ahead in targets.items()
+            n: block_logits(bundle[n], n, bundle.query_layer(n), ahead, memories, block)
+            for n, ahead in targets.items()
         }
 
     return logits

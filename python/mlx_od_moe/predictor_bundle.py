@@ -134,13 +134,13 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
             )
 
     def context_vectors(
-        self, layer: int, h: mx.array, states: Mapping[int, mx.array], sequence: mx.array
+        self, layer: int, asking: mx.array, states: Mapping[int, mx.array], sequence: mx.array
     ) -> mx.array | None:
         """Context vectors [n, predictor_size] of the tokens of recorded sequences, in order.
 
         Args:
             layer: whose predictor they are for.
-            h: the tokens' states there, [n, hidden_size].
+            asking: the tokens' states at `query_layer(layer)`, [n, hidden_size].
             states: {target layer: its [n, hidden_size]}.
             sequence: which sequence each token belongs to, int [n], none negative.
 
@@ -156,7 +156,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         ]
         own = mx.pad(sequence, [(before, 0)], constant_values=-1)
         return predictor.context(
-            h.astype(mx.float32)[None], [memory[None] for memory in memories], own[None]
+            asking.astype(mx.float32)[None], [memory[None] for memory in memories], own[None]
         )[0]
 
     def __getitem__(self, layer: int) -> ExpertPredictor:
@@ -175,6 +175,10 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         after = self.moe_layers[self.moe_layers.index(layer) + 1 :]
         known = self._predictors.get(layer)
         return after[: known.config.lookahead] if known else after
+
+    def query_layer(self, layer: int) -> int:
+        """The MoE layer with whose state `layer`'s context is asked for; without one its own."""
+        return layer if self.context is None else self.context.query_layer(layer, self.moe_layers)
 
     def routers(self) -> dict[int, Router]:
         """{target layer: its router} of all layers that some predictor looks ahead to."""

@@ -57,7 +57,7 @@ class PredictorConfig:
             )
         object.__setattr__(self, "terms", tuple(self.terms) or ("mlp",) * self.lookahead)
         if isinstance(self.context, dict):  # as read from a file
-            object.__setattr__(self, "context", ContextConfig(**self.context))
+            object.__setattr__(self, "context", ContextConfig.read(self.context))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"[PredictorConfig] top_k {self.top_k} exceeds num_experts {self.num_experts}"

@@ -173,7 +173,9 @@ def _context(
     rows = len(states)
     ahead = {t: mx.array(read_states(shard, t)[:rows]) for t in bundle.targets(layer)}
     sequence = mx.array(np.cumsum(read_array(shard, "position")[:rows] == 0).astype(np.int32))
-    vectors = bundle.context_vectors(layer, mx.array(states), ahead, sequence)
+    asks = bundle.query_layer(layer)
+    asking = states if asks == layer else read_states(shard, asks)[:rows]
+    vectors = bundle.context_vectors(layer, mx.array(asking), ahead, sequence)
     return None if vectors is None else np.array(vectors)
 
 

@@ -34,6 +34,7 @@ class RandomBundle {
         weights.context.query.weight = random(heads, config.hidden_size, seed + 20 + l);
         weights.context.attended.weight = random(config.predictor_size, heads, seed + 30 + l);
         weights.context.position_bias = random(config.lookahead, c.window + 1, seed + 40 + l);
+        if (c.early_query && l > 0) weights.context.query_layer = layers[l - 1];
       }
       if (c.state_size > 0) {
         const int states = config.lookahead * c.state_size;
@@ -127,7 +128,8 @@ class RandomBundle {
       add(product(w.context.previous_state, previous.data()));
     }
     if (c.window > 0) {
-      const float* h = states.at(layer).data() + static_cast<size_t>(at) * static_cast<size_t>(w.config.hidden_size);
+      const int asks = w.context.query_layer.value_or(layer);
+      const float* h = states.at(asks).data() + static_cast<size_t>(at) * static_cast<size_t>(w.config.hidden_size);
       const Row query = product(w.context.query, h);
       Row read;
       for (size_t d = 0; d < w.context.memories.size(); ++d) {

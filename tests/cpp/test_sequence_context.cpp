@@ -57,7 +57,9 @@ void observe(const RandomBundle& bundle, const RandomBundle::States& states, int
 void check_decoding(const RandomBundle& bundle, const std::map<int, Predictor>& predictors,
                     const RandomBundle::States& states, int tokens, double largest) {
   SequenceContext context(predictors);
-  for (const auto& [layer, predictor] : predictors) CHECK(context.remembers(layer) == (layer != 1));
+  const ContextConfig& sizes = bundle.config().context;
+  const bool asks = sizes.window > 0 && sizes.early_query;
+  for (const auto& [layer, predictor] : predictors) CHECK(context.remembers(layer) == (layer != 1 || asks));
   std::map<int, std::vector<float>> found;
   std::map<int, std::vector<double>> expected;
   for (int i = 0; i < tokens; ++i) {
@@ -82,7 +84,7 @@ void check_decoding(const RandomBundle& bundle, const std::map<int, Predictor>& 
 }  // namespace
 
 TEST_CASE("every kernel and format reads the context as the formula does, past the ring's end") {
-  const ContextConfig sizes[] = {{5, 3, 0}, {0, 0, 2}, {20, 17, 7}, {48, 33, 64}};
+  const ContextConfig sizes[] = {{5, 3, 0}, {0, 0, 2}, {20, 17, 7}, {20, 17, 7, false}, {48, 33, 64}};
   for (const ContextConfig& context : sizes) {
     RandomBundle bundle(config(70, 24, context), 2, 1);
     const RandomBundle::States states = bundle.states(80);
@@ -99,7 +101,7 @@ TEST_CASE("every kernel and format reads the context as the formula does, past t
 }
 
 TEST_CASE("rows have each its own context, by every kernel and in every format") {
-  RandomBundle bundle(config(70, 24, {20, 17, 7}), 2, 1);
+  RandomBundle bundle(config(70, 24, {20, 17, 7, false}), 2, 1);
   const RandomBundle::States states = bundle.states(100);
   constexpr int kSequences = 10;
   for (const std::string& kernel : available_kernels()) {
@@ -149,7 +151,8 @@ TEST_CASE("what no slot can say comes from nothing: zeros") {
 }
 
 TEST_CASE("prefill, trim, fork and reset leave the tokens that they should") {
-  for (const ContextConfig& sizes : {ContextConfig{12, 5, 3}, ContextConfig{0, 0, 3}, ContextConfig{12, 5, 0}}) {
+  for (ContextConfig sizes : {ContextConfig{12, 5, 3}, ContextConfig{0, 0, 3}, ContextConfig{12, 5, 0}}) {
+    sizes.early_query = false;  // each layer is looked at by itself
     RandomBundle bundle(config(40, 16, sizes), 3, 2);
     const std::map<int, Predictor> predictors = bundle.pack({Format::f32, 1, 64});
     RandomBundle::States states = bundle.states(200);
@@ -179,6 +182,38 @@ TEST_CASE("prefill, trim, fork and reset leave the tokens that they should") {
     CHECK(context.length() == 0);
     check_next(context, 0);
   }
+}
+
+TEST_CASE("what an early query found is of one layer's tokens, and gone with them") {
+  RandomBundle bundle(config(32, 16, {8, 4, 0}), 2, 3);
+  const std::map<int, Predictor> predictors = bundle.pack({Format::f32, 1, 64});
+  RandomBundle::States states = bundle.states(200);
+  const auto with = [&](const SequenceContext& context, int at) {
+    return logits(predictors.at(3), part(bundle, states.at(3), at, 1), context);
+  };
+  const SequenceContext none(predictors);
+  SequenceContext context(predictors);
+  observe(bundle, states, 0, 5, context);
+  context.observe(1, part(bundle, states.at(1), 5, 1));  // asks for layer 3
+  CHECK(relative_error(with(context, 5), bundle.logits(3, states, 5)) < 1e-5);
+  SequenceContext fork = context;
+  fork.trim(0);
+  CHECK(with(fork, 5) == with(none, 5));
+  CHECK(with(context, 5) != with(none, 5));
+  context.observe(3, part(bundle, states.at(3), 5, 1));  // asks for layer 4
+  CHECK(with(context, 5) == with(none, 5));
+  context.observe(4, part(bundle, states.at(4), 5, 1));
+  context.observe(6, part(bundle, states.at(6), 5, 1));
+  // Of a call with too many tokens nothing is asked.
+  for (const int tokens : {64, 65}) {
+    SequenceContext many = context;
+    many.observe(1, part(bundle, states.at(1), 6, tokens));
+    CHECK((with(many, 6) == with(none, 6)) == (tokens > 64));
+  }
+  states.at(1)[7 * 32] = std::numeric_limits<float>::quiet_NaN();
+  CHECK_THROWS_WITH_AS(context.observe(1, part(bundle, states.at(1), 7, 1)), doctest::Contains("not finite"),
+                       std::invalid_argument);
+  CHECK(with(context, 6) == with(none, 6));
 }
 
 TEST_CASE("a context's memory is what its header says, and grows no further") {
@@ -219,7 +254,7 @@ TEST_CASE("contexts refuse what does not fit, and a state that is not finite lea
 }
 
 TEST_CASE("threads read one context at once, and helpers share its stages") {
-  RandomBundle bundle(config(512, 512, {64, 64, 16}), 2, 5);
+  RandomBundle bundle(config(512, 512, {64, 64, 16, false}), 2, 5);
   const std::map<int, Predictor> predictors = bundle.pack({Format::int8, 2, 64});
   const RandomBundle::States states = bundle.states(90);
   SequenceContext context(predictors);

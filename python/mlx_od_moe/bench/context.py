@@ -3,17 +3,17 @@
 Rows of one format, in one process and in turns, all by C++'s clock for one token:
     plain            a prediction without context
     previous state   with the previous token's states: one kept vector is added
-    attention        with heads over the last tokens at each target
+    attention        with heads over the last tokens at each target, asked by the layer before
     both             with both
-    observing        beside the path: what a token leaves at a layer, and the vector then complete
+    late             with both, asked by the layer's own state: attention is left to the prediction
+    observing        beside the path: what a token leaves at a layer, and the vectors then complete
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -40,22 +40,26 @@ def contexts(options: argparse.Namespace) -> dict[str, ContextConfig | None]:
         "previous state": ContextConfig(0, 0, state_size),
         "attention": ContextConfig(window, key_size, 0),
         "both": ContextConfig(window, key_size, state_size),
+        "late": ContextConfig(window, key_size, state_size, early_query=False),
     }
 
 
 def make_natives(
     config: PredictorConfig, format: str, threads: int, layers: int
 ) -> dict[int, NativePredictor]:
-    """The same predictor for each of so many layers, packed as a model's are."""
+    """The same predictor for each of so many layers, packed as a model's are.
+
+    Layer 0 has none: it is before the first that has one, as most are.
+    """
     predictor = ExpertPredictor(config)
     predictor.trunk.weight, predictor.heads.weight = map(mx.array, make_matrices(config))
     memories = {}
     if config.context is not None:
         memory = TokenMemory(config.context, config.hidden_size)
-        memories = dict.fromkeys(range(1, layers + config.lookahead), memory)
+        memories = dict.fromkeys(range(2, layers + 1 + config.lookahead), memory)
     bundle = PredictorBundle(
-        list(range(layers + config.lookahead)),
-        dict.fromkeys(range(layers), predictor),
+        list(range(layers + 1 + config.lookahead)),
+        dict.fromkeys(range(1, layers + 1), predictor),
         memories=memories,
     )
     return bundle.native(format, threads)
@@ -64,27 +68,46 @@ def make_natives(
 def filled(natives: dict[int, NativePredictor], states: np.ndarray) -> SequenceContext:
     """A context that has seen so many tokens at every layer."""
     sequence = SequenceContext(natives)
-    for layer in range(len(natives) + natives[0].lookahead):
+    for layer in layers_of(natives):
         sequence.observe(layer, states)
     return sequence
+
+
+def layers_of(natives: dict[int, NativePredictor]) -> range:
+    """All MoE layers of the model that they are of."""
+    return range(1 + len(natives) + natives[1].lookahead)
 
 
 def predicting(
     natives: dict[int, NativePredictor], sequence: SequenceContext | None, x: np.ndarray
 ) -> Run:
-    """Predictions that go round the layers."""
-    choices = itertools.cycle(natives.values())
-    k = natives[0].top_k
-    return lambda: time_predict(next(choices), x, k, sequence)
+    """The predictions of one pass after the other; what is beside them is not timed."""
+
+    def passes() -> Iterator[float]:
+        while True:
+            for layer in layers_of(natives):
+                if layer in natives:
+                    yield time_predict(natives[layer], x, natives[1].top_k, sequence)
+                if sequence is not None:
+                    sequence.observe(layer, x)
+
+    return passes().__next__
 
 
-def observing(natives: dict[int, NativePredictor], sequence: SequenceContext, x: np.ndarray) -> Run:
-    """Observations that go round the layers which are the last target of one."""
-    ahead = natives[0].lookahead
-    choices = itertools.cycle(range(ahead, ahead + len(natives)))
-    for layer in range(1, ahead):  # else the vectors wait for these
-        sequence.observe(layer, x)
-    return lambda: time_observe(sequence, next(choices), x)
+def observing(
+    natives: dict[int, NativePredictor], sequence: SequenceContext, timed: range, x: np.ndarray
+) -> Run:
+    """Observations at the layers `timed` of one pass after the other."""
+
+    def passes() -> Iterator[float]:
+        while True:
+            for layer in layers_of(natives):
+                if layer in timed:
+                    yield time_observe(sequence, layer, x)
+                else:
+                    sequence.observe(layer, x)
+
+    return passes().__next__
 
 
 def measure(config: PredictorConfig, format: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -100,8 +123,11 @@ def measure(config: PredictorConfig, format: str, options: argparse.Namespace) -
         runs[name] = predicting(natives, sequence, states[:1])
         if sequence is not None:
             held[name] = sequence.nbytes
-            copy = sequence.fork()
-            runs[f"{OBSERVING}, {name}"] = observing(natives, copy, states[:1])
+            # So many more that a layer is the last target of one and stands before another.
+            first = 1 + config.lookahead
+            more = make_natives(own, format, options.threads, first + options.layers)
+            timed = range(first, first + options.layers)
+            runs[f"{OBSERVING}, {name}"] = observing(more, filled(more, states), timed, states[:1])
     times = in_turns(
         runs,
         rounds=400,

@@ -213,8 +213,10 @@ def train_together(
         mx.random.seed(trainer.options.fit.seed)
         projection = Projection(info.hidden_size, trainer.options.trunk_rank)
     predictors = {n: trainer.build(n, targets[n], candidates[n], projection) for n in layers}
-    model = SharedPredictors(predictors, targets, context, info.hidden_size, projection)
-    needed = sorted({*layers, *(t for ahead in targets.values() for t in ahead)})
+    asking = {n: context.query_layer(n, info.moe_layers) if context else n for n in layers}
+    model = SharedPredictors(predictors, targets, context, info.hidden_size, asking, projection)
+    ahead = {target for of_layer in targets.values() for target in of_layer}
+    needed = sorted({*layers, *asking.values(), *ahead})
     training, validation = (
         SequenceBlocks(
             info,
@@ -233,7 +235,7 @@ def train_together(
     found = measure_blocks(model, targets, validation)
     gates = {layer: gate for layer in layers if (gate := trainer.gate(layer)) is not None}
     free = measure_blocks(
-        lambda block: {n: block_logits(gates[n], n, (), {}, block) for n in gates},
+        lambda block: {n: block_logits(gates[n], n, n, (), {}, block) for n in gates},
         {layer: targets[layer] for layer in gates},
         validation,
     )

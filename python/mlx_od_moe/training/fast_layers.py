@@ -45,12 +45,16 @@ def fast_memories(memory: TokenMemory, h: mx.array) -> mx.array:
 
 
 def fast_logits(
-    predictor: ExpertPredictor, h: mx.array, memories: Sequence[mx.array], sequence: mx.array
+    predictor: ExpertPredictor,
+    h: mx.array,
+    asking: mx.array,
+    memories: Sequence[mx.array],
+    sequence: mx.array,
 ) -> mx.array:
     """Logits [batch, n, lookahead, num_experts] of h [batch, n, hidden_size].
 
-    `memories` and `sequence`: see ContextReader. The context's matrices take part in the product of
-    the first layer, and the gates in that of the second: what they add is linear in h.
+    `asking`, `memories` and `sequence`: see ContextReader. The context's matrices take part in the
+    product of the first layer, and the gates in that of the second: what they add is linear in h.
     """
     config = predictor.config
     x = h
@@ -60,7 +64,7 @@ def fast_logits(
     inputs, weights = [x], [predictor.trunk.weight]
     if config.context is not None:
         reader = predictor.context
-        query = bf16_linear(h, reader.query.weight) if config.context.window else None
+        query = bf16_linear(asking, reader.query.weight) if config.context.window else None
         for matrix, read in reader.read(query, memories, sequence):
             inputs.append(read)
             weights.append(matrix.weight)

@@ -59,7 +59,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.context, dict):  # as read from a file
-            object.__setattr__(self, "context", ContextConfig(**self.context))
+            object.__setattr__(self, "context", ContextConfig.read(self.context))
         if self.share_trunk and not self.trunk_rank:
             raise ValueError("[TrainingOptions] share_trunk needs a trunk_rank")
         unknown = set(self.candidates) - set(CANDIDATES)

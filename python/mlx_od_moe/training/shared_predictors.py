@@ -31,7 +31,8 @@ def name_of(layer: int) -> str:
 class SharedPredictors(nn.Module):
     """The predictors of all layers and what they share, as one set of parameters.
 
-    Without a `context` there are no memories. `projection`: the one that the predictors were given.
+    Without a `context` there are no memories. `queries`: {layer: ContextConfig.query_layer}; None:
+    its own. `projection`: the one that the predictors were given.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class SharedPredictors(nn.Module):
         targets: Mapping[int, Sequence[int]],
         context: ContextConfig | None,
         hidden_size: int,
+        queries: Mapping[int, int] | None = None,
         projection: Projection | None = None,
     ):
         super().__init__()
+        self._queries = dict(queries or {layer: layer for layer in predictors})
         self._targets = {layer: list(ahead) for layer, ahead in targets.items()}
         self.predictors = {name_of(layer): p for layer, p in predictors.items()}
         self.memories = {}
@@ -90,7 +93,8 @@ class SharedPredictors(nn.Module):
         for layer, predictor in self.of_layers("predictors").items():
             with self.on_stream_of(f"predictors.{name_of(layer)}"):
                 run = fast_block_logits if is_fast(predictor) else block_logits
-                logits[layer] = run(predictor, layer, self.targets[layer], memories, block)
+                asks, ahead = self._queries[layer], self.targets[layer]
+                logits[layer] = run(predictor, layer, asks, ahead, memories, block)
         return logits
 
     def of_layers(self, kind: str) -> dict[int, Any]:
@@ -101,27 +105,34 @@ class SharedPredictors(nn.Module):
 def block_logits(
     predictor: ExpertPredictor,
     layer: int,
+    asks: int,
     targets: Sequence[int],
     memories: Mapping[int, mx.array],
     block: Block,
 ) -> mx.array:
-    """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}."""
+    """Logits [tokens, lookahead, num_experts] of a block's tokens, from {target: its memories}.
+
+    `asks`: the layer whose state attention's query is made of.
+    """
     h, context = block.own_states(layer), None
     if predictor.config.has_context:
-        context = predictor.context(h, [memories[t] for t in targets], block.sequence)
+        asking = h if asks == layer else block.own_states(asks)
+        context = predictor.context(asking, [memories[t] for t in targets], block.sequence)
     return mx.flatten(predictor(h, context=context), 0, 1)
 
 
 def fast_block_logits(
     predictor: ExpertPredictor,
     layer: int,
+    asks: int,
     targets: Sequence[int],
     memories: Mapping[int, mx.array],
     block: Block,
 ) -> mx.array:
     """`block_logits` of a predictor that `is_fast`, in products of bfloat16."""
     read = [memories[t] for t in targets] if predictor.config.has_context else []
-    return mx.flatten(fast_logits(predictor, block.own_states(layer), read, block.sequence), 0, 1)
+    h, asking = block.own_states(layer), block.own_states(asks)
+    return mx.flatten(fast_logits(predictor, h, asking, read, block.sequence), 0, 1)
 
 
 def measure_blocks(
