@@ -1,10 +1,8 @@
 """Training all layers together: contexts learn what they should, and runs repeat and resume."""
 
 import dataclasses
-import tracemalloc
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -19,7 +17,6 @@ from mlx_od_moe.training.dataset import read_array
 from mlx_od_moe.training.fast_layers import fast
 from mlx_od_moe.training.fit import FitOptions
 from mlx_od_moe.training.layer_trainer import TrainingOptions
-from mlx_od_moe.training.sequence_blocks import SequenceBlocks
 from mlx_od_moe.training.train_shadow import documents_of, train_shadow_model
 from planted_traces import plant
 
@@ -128,69 +125,10 @@ def test_candidates_without_an_mlp_are_refused(traces, tmp_path):
         train(traces, tmp_path / "p.safetensors", options)
 
 
-@pytest.mark.parametrize("memory_bytes", [1, 1 << 30])
-def test_blocks_hold_every_token_once_with_what_came_before_it(traces, memory_bytes):
-    wanted, _ = documents_of(traces, _bundle_of(traces))
-    layers = list(traces.moe_layers)
-    blocks = SequenceBlocks(traces, layers, 5, wanted, memory_bytes)
-    tokens = 0
-    for block in blocks.in_order(64):
-        states, sequence = np.array(block.states[layers[0]]), np.array(block.sequence)
-        assert states.shape[:2] == sequence.shape
-        scores = states[0, 5:] @ np.array(_weights(traces, layers[0])).T
-        own = np.sort(np.argsort(-scores, axis=1)[:, : traces.top_k])
-        assert (own == np.sort(block.routed[layers[0]][0])).mean() > 0.99
-        assert (np.diff(sequence[0]) >= 0).all()  # -1 for rows that are not there
-        tokens += states.shape[1] - 5
-    assert tokens == len(blocks)
-
-
-def test_random_batches_pass_over_less_than_a_block_per_group(traces):
-    blocks = SequenceBlocks(traces, list(traces.moe_layers), 5)
-    rng = np.random.default_rng(0)
-    seen = sum(len(block) * 64 for block in blocks.batches(64, 3, rng))
-    assert len(blocks) - 2 * 64 < seen <= len(blocks)
-
-
 def test_the_schedule_ends_with_the_last_epoch_however_few_the_tokens():
     assert planned_steps(500, 1024, 2048) == 500
     assert planned_steps(3, 1_000_000, 2048) == 3 * 488
     assert planned_steps(1, 1024, 2048) == 2  # warm-up and decay
-
-
-def test_streamed_blocks_hold_little_more_than_their_memory(tmp_path):
-    """Not the group before, and no group twice while it is joined."""
-    traces = plant(tmp_path / "many", layers=(0, 1, 2, 3), shards=24, sequences=30)
-    layers = list(traces.moe_layers)
-    everything = sum(
-        p.states[n].nbytes
-        for p in SequenceBlocks(traces, layers, 5)._parts(range(24))
-        for n in layers
-    )
-    limit = everything // 3
-    blocks = SequenceBlocks(traces, layers, 5, memory_bytes=limit)
-    tracemalloc.start()
-    groups = sum(1 for _ in blocks.in_order(1 << 20))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert groups >= 3
-    assert peak < 2 * limit
-
-
-def _weights(traces, layer) -> mx.array:
-    return mx.load(str(traces.routers))[f"{layer}.weight"]
-
-
-def _bundle_of(traces) -> PredictorBundle:
-    from mlx_od_moe.training.train_shadow import fingerprint
-
-    class Seen:
-        training = {  # noqa: RUF012
-            "traces": fingerprint(traces),
-            "options": {"validation_fraction": 0.3, "fit": {"seed": 0}},
-        }
-
-    return Seen()
 
 
 def test_a_replay_predicts_as_evaluate_does(traces, trained):

@@ -7,10 +7,11 @@ rows that precede them, of whatever sequences lie there; `sequence` says which e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dataset import read_array, read_states
+from .stored_states import LoadedStates, StoredStates
 from .traces import TraceInfo
 
 Array = npt.NDArray[Any]
@@ -53,23 +55,48 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of shards, with `before` empty ones in front."""
+class _Part:
+    """Tokens of one shard: row `rows[i]` of `states` is token i's, `routed` and `sequence` [i]."""
 
-    states: dict[int, Array]
+    states: StoredStates | LoadedStates
+    rows: Array
     routed: dict[int, Array]
     sequence: Array
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.states.values(), *self.routed.values()))
+        """In memory."""
+        loaded = self.states.states if isinstance(self.states, LoadedStates) else {}
+        return sum(a.nbytes for a in (*loaded.values(), *self.routed.values()))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens of shards, with `before` empty rows in front: part i's are from ends[i] to [i + 1]."""
+
+    parts: list[_Part]
+    ends: list[int]
+    sequence: Array
+
+    def read(self, start: int, states: Mapping[int, Array], routed: Mapping[int, Array]) -> None:
+        """Fill {layer: zeros [n, hidden_size]}, {layer: zeros [n, top_k]} from row `start` on."""
+        end = start + len(next(iter(routed.values())))
+        for part, (begins, ends) in zip(self.parts, pairwise(self.ends), strict=True):
+            first, last = max(start, begins), min(end, ends)
+            if first >= last:
+                continue
+            own, here = slice(first - begins, last - begins), slice(first - start, last - start)
+            part.states.read(part.rows[own], {n: to[here] for n, to in states.items()})
+            for layer, to in routed.items():
+                to[here] = part.routed[layer][own]
 
 
 class SequenceBlocks:
     """The tokens of `documents` (None: all) in blocks, with the states of `layers`.
 
-    Shards are read in groups of roughly `memory_bytes`, and kept where all fit. `dtype`: of a
-    block's states, which are recorded in float16.
+    States that shards store as they are stay on disk until a block needs them. Others are unpacked
+    in groups of roughly `memory_bytes`, and kept where all fit. `dtype`: of a block's states, which
+    are recorded in float16.
     """
 
     def __init__(
@@ -86,6 +113,7 @@ class SequenceBlocks:
         self._documents = None if documents is None else np.array(sorted(documents))
         self._memory_bytes = memory_bytes
         self._tokens = [int(self._wanted(shard).sum()) for shard in traces.shards]
+        self._stored = [StoredStates.find(shard, self.layers) for shard in traces.shards]
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -111,10 +139,18 @@ class SequenceBlocks:
 
     def _block(self, rows: _Rows, starts: Array, size: int) -> Block:
         index = starts[:, None] + np.arange(self.before + size)
-        own = index[:, self.before :]
+        states, routed = (
+            {layer: np.zeros((*index.shape, width), dtype) for layer in self.layers}
+            for width, dtype in (
+                (self.traces.hidden_size, np.float16),
+                (self.traces.top_k, np.int16),
+            )
+        )
+        for i, start in enumerate(starts):
+            rows.read(int(start), *({n: a[i] for n, a in of.items()} for of in (states, routed)))
         return Block(
-            {n: mx.array(states[index]).astype(self.dtype) for n, states in rows.states.items()},
-            {layer: routed[own] for layer, routed in rows.routed.items()},
+            {layer: mx.array(blocks).astype(self.dtype) for layer, blocks in states.items()},
+            {layer: experts[:, self.before :] for layer, experts in routed.items()},
             mx.array(rows.sequence[index]),
             self.before,
         )
@@ -126,10 +162,13 @@ class SequenceBlocks:
     @cached_property
     def _whole(self) -> _Rows | None:
         """Everything, where it fits the memory; None where it must be streamed."""
-        row_bytes = 2 * len(self.layers) * (self.traces.hidden_size + self.traces.top_k)
-        if len(self) * row_bytes > self._memory_bytes:
+        loaded = sum(
+            tokens * 2 * (self.traces.top_k + (0 if stored else self.traces.hidden_size))
+            for tokens, stored in zip(self._tokens, self._stored, strict=True)
+        )
+        if loaded * len(self.layers) > self._memory_bytes:
             return None
-        return self._joined(list(self._parts(self._shards)))
+        return self._joined([*self._parts(self._shards)])
 
     def _groups(self, rng: np.random.Generator | None) -> Iterator[_Rows]:
         if self._whole is not None:
@@ -138,7 +177,7 @@ class SequenceBlocks:
         shards = self._shards
         if rng is not None:
             shards = [shards[i] for i in rng.permutation(len(shards))]
-        parts: list[_Rows] = []
+        parts: list[_Part] = []
         for part in self._parts(shards):
             parts.append(part)
             if sum(part.nbytes for part in parts) + parts[-1].nbytes > self._memory_bytes:
@@ -147,10 +186,10 @@ class SequenceBlocks:
         if parts:
             yield self._joined(parts)
 
-    def _parts(self, shards: Sequence[int]) -> Iterator[_Rows]:
+    def _parts(self, shards: Sequence[int]) -> Iterator[_Part]:
         """Those shards, in that order; some are read ahead, since unpacking them takes a core."""
         with ThreadPoolExecutor(_READERS) as pool:
-            ahead: deque[Future[_Rows]] = deque()
+            ahead: deque[Future[_Part]] = deque()
             for shard in shards:
                 ahead.append(pool.submit(self._read, shard))
                 if len(ahead) > _READERS:
@@ -164,32 +203,22 @@ class SequenceBlocks:
             return np.ones(len(document), bool)
         return np.isin(document, self._documents)
 
-    def _read(self, index: int) -> _Rows:
+    def _read(self, index: int) -> _Part:
         shard = self.traces.shards[index]
         wanted = np.flatnonzero(self._wanted(shard))
         starts = np.cumsum(read_array(shard, "position") == 0)
-        return _Rows(
-            {layer: read_states(shard, layer)[wanted] for layer in self.layers},
-            {n: read_array(shard, f"routed_experts_{n}")[wanted] for n in self.layers},
-            starts[wanted],
-        )
+        routed = {n: read_array(shard, f"routed_experts_{n}")[wanted] for n in self.layers}
+        stored = self._stored[index]
+        if stored is not None:
+            return _Part(stored, wanted, routed, starts[wanted])
+        loaded = LoadedStates({n: read_states(shard, n)[wanted] for n in self.layers})
+        return _Part(loaded, np.arange(len(wanted)), routed, starts[wanted])
 
-    def _joined(self, parts: list[_Rows]) -> _Rows:
+    def _joined(self, parts: list[_Part]) -> _Rows:
         """One after the other, each sequence with a number of its own."""
-        sequences, first = [np.full(self.before, _NOWHERE)], 0
+        sequences, first, ends = [np.full(self.before, _NOWHERE)], 0, [self.before]
         for part in parts:
             sequences.append(part.sequence + first)
             first += int(part.sequence[-1]) + 1
-
-        def join(of_parts: list[dict[int, Array]], layer: int) -> Array:
-            arrays = [layers.pop(layer) for layers in of_parts]  # never all of it twice
-            # Row i of a group is token i - before, of states and choices alike.
-            return np.concatenate(
-                [np.zeros((self.before, *arrays[0].shape[1:]), arrays[0].dtype), *arrays]
-            )
-
-        return _Rows(
-            {n: join([part.states for part in parts], n) for n in self.layers},
-            {n: join([part.routed for part in parts], n) for n in self.layers},
-            np.concatenate(sequences).astype(np.int32),
-        )
+            ends.append(ends[-1] + len(part.rows))
+        return _Rows(parts, ends, np.concatenate(sequences).astype(np.int32))

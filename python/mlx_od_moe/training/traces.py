@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,7 @@ def check_shard(path: Path, collection: Mapping[str, Any]) -> int:
     expected = _expected(collection)
     try:
         with zipfile.ZipFile(path) as archive:
-            found = {name: _header(archive, name) for name in ("token_ids", *expected)}
+            found = {name: _header_of(archive, name) for name in ("token_ids", *expected)}
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
         raise ValueError(
             f"[open_traces] {path} is truncated or no trace shard: {error}; delete it and collect "
@@ -158,13 +158,16 @@ def _expected(collection: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...],
     return expected | {name: ((), dtype) for name, dtype in _TOKEN_ARRAYS.items()}
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], str]:
+def _header_of(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], str]:
     with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0
-        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(
-            member
-        )
+        return read_header(member)
+
+
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the array in a member, which is then read up to its first element."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0
+    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
     return shape, dtype.str
 
 
