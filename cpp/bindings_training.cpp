@@ -66,12 +66,21 @@ void bind_training(nb::module_& m) {
       "Sigmoid in float32, without a gradient. CPU streams only.");
   m.def(
       "cross_entropy",
-      [](const mlx::core::array& logits, const mlx::core::array& chosen) {
-        return mlx_od_moe::cross_entropy(logits, chosen);
+      [](const mlx::core::array& logits, const mlx::core::array& labels) {
+        return mlx_od_moe::cross_entropy(logits, labels);
       },
-      "logits"_a, "chosen"_a,
-      nb::sig("def cross_entropy(logits: mlx.core.array, chosen: mlx.core.array) -> mlx.core.array"),
-      R"(Binary cross-entropy of logits [..., num_experts] against the chosen ids [..., k], -1 where there is none:
-their mean, a scalar, with a gradient for the logits. CPU streams only.)");
+      "logits"_a, "labels"_a,
+      nb::sig("def cross_entropy(logits: mlx.core.array, labels: mlx.core.array) -> mlx.core.array"),
+      R"(Binary cross-entropy of logits [..., num_experts] against labels, floats of that shape or the chosen ids
+[..., k], -1 where there is none: their mean, a scalar, with a gradient for the logits. CPU streams only.)");
+  m.def(
+      "soft_labels",
+      [](const mlx::core::array& scores, int k, float temperature) {
+        return mlx_od_moe::soft_labels(scores, k, temperature);
+      },
+      "scores"_a, "k"_a, "temperature"_a,
+      nb::sig("def soft_labels(scores: mlx.core.array, k: int, temperature: float) -> mlx.core.array"),
+      R"(Labels between 0 and 1, float32, of a router's scores [..., num_experts], as losses.py defines them; without a
+gradient. CPU streams only.)");
   bind_products(m);
 }

@@ -41,7 +41,7 @@ def trained(traces, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("loss", ["bce", "kl"])
+@pytest.mark.parametrize("loss", ["soft", "bce", "kl"])
 @pytest.mark.parametrize(
     ("context", "gain"),
     [
@@ -101,7 +101,7 @@ def test_streams_change_no_more_than_rounding(traces, trained, tmp_path):
 
 
 @pytest.mark.skipif(not fast(), reason="this CPU has no products in bfloat16")
-@pytest.mark.parametrize("loss", ["bce", "kl"])
+@pytest.mark.parametrize("loss", ["soft", "bce", "kl"])
 def test_products_in_bfloat16_cost_no_recall(traces, tmp_path, monkeypatch, loss):
     options = dataclasses.replace(OPTIONS, fit=dataclasses.replace(FIT, loss=loss, epochs=8))
     recall = []

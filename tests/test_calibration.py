@@ -228,7 +228,7 @@ def mean_error(path, traces) -> float:
     return float(np.mean(found["methods"]["predictor"]["calibration_error"]))
 
 
-@pytest.mark.parametrize("loss", ["kl", "softmax"])
+@pytest.mark.parametrize("loss", ["soft", "kl", "softmax"])
 @pytest.mark.parametrize("context", [None, ContextConfig(8, 8, 8)], ids=["alone", "together"])
 def test_training_calibrates_what_its_loss_leaves_free(tmp_path, traces, loss, context):
     out, plain = tmp_path / "p.safetensors", tmp_path / "plain.safetensors"
@@ -242,7 +242,7 @@ def test_training_calibrates_what_its_loss_leaves_free(tmp_path, traces, loss, c
     with warnings.catch_warnings(action="error"):
         predict_layers(predictions, open_routing(traces.path), out, "f32", lambda n: None)
     error, without = mean_error(out, traces), mean_error(plain, traces)
-    assert error < without / 3
+    assert error < without / (2 if loss == "soft" else 3)  # soft labels are nearly probabilities
     assert error < 0.03
     calibrate(plain, traces.path, tmp_path / "again.safetensors")
     again = PredictorBundle.load(tmp_path / "again.safetensors")

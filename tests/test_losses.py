@@ -4,9 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_od_moe._ext import cross_entropy
+from mlx_od_moe._ext import soft_labels as native_soft_labels
 
+from mlx_od_moe.router import Router, RouterConfig
 from mlx_od_moe.training import losses
-from mlx_od_moe.training.losses import LOSSES, bce, kl, softmax
+from mlx_od_moe.training.losses import LOSSES, TEMPERATURE, bce, kl, soft, soft_labels, softmax
 
 TOKENS, LOOKAHEAD, EXPERTS, TOP_K = 5, 3, 10, 4
 
@@ -35,7 +37,8 @@ def target(chosen: np.ndarray) -> np.ndarray:
 
 def reference(name: str, logits: np.ndarray, chosen: np.ndarray, log_probs: np.ndarray) -> float:
     own, hot = log_softmax(logits), target(chosen)
-    if name == "bce":
+    if name in ("bce", "soft"):
+        hot = hot if name == "bce" else log_probs  # any numbers do for labels here
         p = 1 / (1 + np.exp(-logits))
         return float(-(hot * np.log(p) + (1 - hot) * np.log(1 - p)).mean())
     if name == "kl":
@@ -53,7 +56,7 @@ def native(request, monkeypatch) -> None:
 
 
 def test_all_losses_are_tested():
-    assert set(LOSSES) == {"bce", "kl", "softmax"}
+    assert set(LOSSES) == {"soft", "bce", "kl", "softmax"}
 
 
 @pytest.mark.parametrize("name", [*LOSSES])
@@ -94,7 +97,51 @@ def test_perfect_logits_cost_nothing():
     assert uniform.item() >= 0
 
 
-def test_only_kl_reads_the_log_probabilities():
+def labels_by_hand(scores: np.ndarray, k: int) -> np.ndarray:
+    ordered = np.sort(scores, axis=-1)[..., ::-1]
+    bar = (ordered[..., k - 1 : k] + ordered[..., k : k + 1]) / 2
+    return 1 / (1 + np.exp(-(scores - bar) / (TEMPERATURE * scores.std(-1, keepdims=True))))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"scoring": "sigmoid", "correction": True},
+        {"scoring": "sigmoid", "n_group": 5, "topk_group": 3},
+    ],
+)
+def test_soft_labels_are_of_what_the_router_ranks_by(options):
+    mx.random.seed(3)
+    router = Router(RouterConfig(6, EXPERTS, **options))
+    if router.config.correction:
+        router.correction = mx.random.normal(router.correction.shape)
+    h = mx.random.normal((7, 6))
+    found = np.array(soft_labels(router, h, TOP_K))
+    expected = labels_by_hand(np.array(router.scores(h)).astype(np.float64), TOP_K)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert ((found > 0.5).sum(-1) == TOP_K).all()
+
+
+def test_labels_of_equal_scores_are_halves():
+    found = np.array(native_soft_labels(mx.ones((2, 5)), 2, 0.3))
+    np.testing.assert_array_equal(found, np.full((2, 5), 0.5, np.float32))
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.3), (5, 0.3), (2, 0.0), (2, float("nan"))])
+def test_soft_labels_refuse_what_has_no_bar(k, temperature):
+    with pytest.raises(ValueError, match=r"\[soft_labels\] takes scores"):
+        native_soft_labels(mx.zeros((2, 5)), k, temperature)
+
+
+def test_hard_labels_are_soft_ones_of_0_and_1():
+    logits, chosen, _ = sample()
+    values = arrays(logits, chosen, target(chosen))
+    for of in (lambda loss: loss(*values).item(), lambda loss: np.array(mx.grad(loss)(*values))):
+        np.testing.assert_allclose(of(soft), of(bce), rtol=1e-5, atol=1e-7)
+
+
+def test_bce_and_softmax_need_no_teacher():
     logits, chosen, _ = arrays(*sample())
     nothing = mx.zeros((TOKENS, 0, 0))
     assert mx.isfinite(bce(logits, chosen, nothing)).item()
@@ -105,3 +152,5 @@ def test_wrong_shapes_are_refused():
     for logits, chosen in (((2, 3, 4), (2, 3)), ((2, 3, 4), (2, 2, 4)), ((0, 4), (0, 2))):
         with pytest.raises(ValueError, match=r"\[cross_entropy\] takes logits"):
             cross_entropy(mx.zeros(logits), mx.zeros(chosen, mx.int32))
+    with pytest.raises(ValueError, match=r"\[cross_entropy\] takes logits"):
+        cross_entropy(mx.zeros((2, 3)), mx.zeros((2, 2)))

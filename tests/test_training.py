@@ -43,7 +43,7 @@ def reports(bundle: PredictorBundle) -> dict[int, dict]:
     return {int(layer): report for layer, report in bundle.training["layers"].items()}
 
 
-@pytest.mark.parametrize("loss", ["bce", "kl", "softmax"])
+@pytest.mark.parametrize("loss", ["soft", "bce", "kl", "softmax"])
 def test_planted_structure_is_learned(tmp_path, loss):
     traces = plant(tmp_path / "traces", layers=(0, 1), lookahead=1, sequences=25)
     fit = FitOptions(loss=loss, epochs=12, batch_size=64, learning_rate=5e-3)

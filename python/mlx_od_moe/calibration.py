@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# Losses that stay the same whatever is added to all of a token's logits.
-SHIFT_INVARIANT = frozenset({"kl", "softmax"})
+# Losses whose logits are not those of "is chosen": two stay the same whatever is added to a token's
+# logits, and soft labels are no probabilities.
+UNCALIBRATED = frozenset({"kl", "soft", "softmax"})
 
 # Bins are as wide as 1/200 of what they hold, and 5e-6 at 0; each is then taken at its mean.
 _BINS_PER_UNIT, _BINS = 200, 10_000

@@ -149,9 +149,9 @@ def _train_flags(flag: Any) -> None:
     flag("--key-size", type=int, default=64, help="width of attention's keys and values")
     flag("--state-size", type=int, default=64, help="width of the previous token's encoded state")
     flag("--late-query", action="store_true", help="attention asks with the layer's own state")
-    flag("--loss", choices=("bce", "kl", "softmax"), default="bce")
+    flag("--loss", choices=("soft", "bce", "kl", "softmax"), default="soft", help=f"{from_fit}")
     together = "with a context or --share-trunk"
-    flag("--epochs", type=int, default=None, help=f"default: 20, {together} 3")
+    flag("--epochs", type=int, default=None, help=f"default: 20, {together} 2")
     flag("--batch-size", type=int, default=None, help=f"default: 256, {together} 2048")
     flag("--learning-rate", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=0.01)
@@ -171,7 +171,7 @@ def _train(options: argparse.Namespace) -> None:
     names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
     context = _context(options)
     together = context is not None or options.share_trunk
-    epochs, batch_size = (3, 2048) if together else (20, 256)
+    epochs, batch_size = (2, 2048) if together else (20, 256)
     settings = TrainingOptions(
         predictor_size=options.predictor_size,
         activation=options.activation,

@@ -178,7 +178,7 @@ def _shares(split: Split, layer: int, routers: Mapping[int, LayerRouter]) -> Sha
         parts.setdefault("non_resident", []).append(np.stack(missing, axis=1))
         if known:
             chosen = np.maximum(samples.chosen, 0).astype(np.int64)
-            mass = np.exp(np.take_along_axis(samples.log_probs, chosen, axis=-1))
+            mass = np.exp(np.take_along_axis(samples.taught, chosen, axis=-1))
             parts.setdefault("gate_mass", []).append(mass)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 

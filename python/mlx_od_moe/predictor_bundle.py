@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .calibration import SHIFT_INVARIANT
+from .calibration import UNCALIBRATED
 from .context import ContextConfig, TokenMemory
 from .native_predictor import NativePredictor, make_native_bundle
 from .next_token import check_next_token, next_token_contents, read_next_token
@@ -126,7 +126,7 @@ class PredictorBundle(Mapping[int, ExpertPredictor]):
         """Warn where its training's loss left scores whose sigmoid is no probability."""
         loss = self.training.get("options", {}).get("fit", {}).get("loss")
         missing = [layer for layer, p in self.items() if p.calibration is None]
-        if missing and loss in SHIFT_INVARIANT:
+        if missing and loss in UNCALIBRATED:
             warnings.warn(
                 f"[{name}] was trained with the loss {loss} and has no calibration for layers "
                 f"{missing}: thresholds on its scores mean nothing; see mlx-od-moe calibrate",

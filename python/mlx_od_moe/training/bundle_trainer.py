@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .._blas import one_blas_thread
-from ..calibration import SHIFT_INVARIANT
+from ..calibration import UNCALIBRATED
 from ..context import TokenMemory
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
@@ -26,7 +26,7 @@ from ..shadow_model import ExpertPredictor
 from .fast_layers import fast
 from .fit import FitOptions, FitState, read_checkpoint
 from .layer_trainer import LayerTrainer, with_gate_alone
-from .losses import LOSSES
+from .losses import LOSSES, TEACHERS
 from .muon import Muon
 from .sequence_blocks import Block, SequenceBlocks
 from .shared_predictors import (
@@ -62,7 +62,7 @@ class BundleFit:
     ):
         self.model, self.training, self.validation = model, training, validation
         self.options, self.checkpoint = options, checkpoint
-        self._routers = routers
+        self._routers, self._top_k = routers, training.traces.top_k
         self._batch = max(1, options.batch_size // _BLOCK)
         self._streams = _streams(streams)
         model.spread(self._streams)
@@ -109,23 +109,26 @@ class BundleFit:
 
     def _loss(self, block: Block) -> mx.array:
         loss_of, targets = LOSSES[self.options.loss], self.model.targets
-        log_probs = self._log_probs(block)
+        taught = self._taught(block)
         losses = []
         for layer, logits in self.model(block).items():
             ahead = targets[layer]
             with self.model.on_stream_of(f"predictors.{name_of(layer)}"):
-                known = [log_probs[t] for t in ahead] if log_probs else [mx.zeros((len(logits), 0))]
+                known = [taught[t] for t in ahead] if taught else [mx.zeros((len(logits), 0))]
                 chosen = mx.array(block.chosen(ahead))
                 losses.append(loss_of(logits, chosen, mx.stack(known, axis=1)))
         return mx.stack(losses).sum()
 
-    def _log_probs(self, block: Block) -> dict[int, mx.array]:
-        if self.options.loss != "kl":
-            return {}
-        return {
-            layer: mx.flatten(self._routers[layer].router.log_probs(block.own_states(layer)), 0, 1)
-            for layer in {t for targets in self.model.targets.values() for t in targets}
-        }
+    def _taught(self, block: Block) -> dict[int, mx.array]:
+        """{target layer: what its router teaches [tokens, num_experts]}, where the loss asks."""
+        found: dict[int, mx.array] = {}
+        if (teacher := TEACHERS.get(self.options.loss)) is None:
+            return found
+        for layer in {t for targets in self.model.targets.values() for t in targets}:
+            with self.model.on_stream_of(f"memories.{name_of(layer)}"):
+                states = mx.flatten(block.own_states(layer), 0, 1)
+                found[layer] = teacher(self._routers[layer].router, states, self._top_k)
+        return found
 
     def _step(self, block: Block) -> None:
         with mx.stream(self._streams[0]):
@@ -229,7 +232,7 @@ def train_together(
         for documents in trainer.split
     )
     checkpoint = trainer.checkpoint / "together.safetensors"
-    options = trainer.options.fit
+    options = trainer.fit_options
     fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
     fit.run(advance)
     found = measure_blocks(model, targets, validation)
@@ -246,7 +249,7 @@ def train_together(
             model.predictors[name_of(layer)] = with_gate_alone(predictors[layer], gate, worse)
     final = measure_blocks(model, targets, validation)
     chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
-    if options.loss in SHIFT_INVARIANT:
+    if options.loss in UNCALIBRATED:
         for layer, calibration in fit_block_calibrations(model, targets, validation).items():
             chosen[layer].calibrate(calibration)
     reports = {

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..model_routers import LayerRouter
+from .losses import Teacher, log_probs
 from .traces import TraceInfo
 
 Array = npt.NDArray[Any]
@@ -30,14 +31,14 @@ class Samples:
     chosen: int16 [n, lookahead, top_k], the experts of the target layers.
     previous: the same of the previous token of the sequence; -1 at its first.
     routed: int16 [n, top_k], this layer's own experts.
-    log_probs: float16 [n, lookahead, num_experts] of the target layers' routers, or [n, 0, 0].
+    taught: float16 [n, lookahead, num_experts] by the target layers' routers, or [n, 0, 0].
     """
 
     hidden_states: Array
     chosen: Array
     previous: Array
     routed: Array
-    log_probs: Array
+    taught: Array
 
     def __len__(self) -> int:
         return len(self.hidden_states)
@@ -80,7 +81,7 @@ class LayerDataset:
         traces: what `open_traces` returned.
         layer: index of the MoE layer, as in the model.
         documents: ids of the documents to read.
-        routers: {layer: its router}; given, `log_probs` is filled for the KL loss.
+        routers: {layer: its router}; given, `taught` is filled with what `teacher` makes of them.
         memory_bytes: how much decoded data is held at once, roughly.
     """
 
@@ -91,6 +92,7 @@ class LayerDataset:
         documents: set[int] | None = None,
         routers: Mapping[int, LayerRouter] | None = None,
         memory_bytes: int = 1 << 30,
+        teacher: Teacher | None = log_probs,
     ):
         if layer not in traces.recorded_layers:
             raise ValueError(
@@ -100,7 +102,7 @@ class LayerDataset:
         self.traces, self.layer = traces, layer
         self.targets = after[: traces.lookahead]
         self._documents = None if documents is None else np.array(sorted(documents))
-        self._routers, self._memory_bytes = routers, memory_bytes
+        self._routers, self._teacher, self._memory_bytes = routers, teacher, memory_bytes
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -160,19 +162,19 @@ class LayerDataset:
         previous[follows] = chosen[follows - 1]
         states = read_states(shard, self.layer)
         routed = read_array(shard, f"routed_experts_{self.layer}")
-        samples = Samples(states, chosen, previous, routed, self._log_probs(shard, len(states)))
+        samples = Samples(states, chosen, previous, routed, self._taught(shard, len(states)))
         if self._documents is None:
             return samples
         return samples.take(np.flatnonzero(self._of_split(document)))
 
-    def _log_probs(self, shard: Path, rows: int) -> Array:
-        if self._routers is None:
+    def _taught(self, shard: Path, rows: int) -> Array:
+        if self._routers is None or self._teacher is None:
             return np.empty((rows, 0, 0), np.float16)
         parts = []
         for target in self.targets:
             states = mx.array(read_states(shard, target)).astype(mx.float32)
-            log_probs = self._routers[target].router.log_probs(states)
-            parts.append(np.array(log_probs.astype(mx.float16)))
+            taught = self._teacher(self._routers[target].router, states, self.traces.top_k)
+            parts.append(np.array(taught.astype(mx.float16)))
         return np.stack(parts, axis=1)
 
 

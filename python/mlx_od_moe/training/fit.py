@@ -34,6 +34,7 @@ Shares = dict[str, npt.NDArray[Any]]
 class FitOptions:
     """How to train.
 
+    `loss`: see losses.py; "soft" is "bce" where the target layers' routers are not known.
     `patience`: epochs without a better validation recall@k before stopping; `learning_rate`: the
     peak of a cosine schedule over all epochs, after a tenth of an epoch of warm-up.
     """
@@ -167,14 +168,14 @@ def _step_function(
 ) -> Callable[[Samples], None]:
     loss_of = LOSSES[options.loss]
 
-    def loss(h: mx.array, previous: mx.array, chosen: mx.array, log_probs: mx.array) -> mx.array:
-        return loss_of(forward(h, previous), chosen, log_probs)
+    def loss(h: mx.array, previous: mx.array, chosen: mx.array, taught: mx.array) -> mx.array:
+        return loss_of(forward(h, previous), chosen, taught)
 
     gradient = nn.value_and_grad(predictor, loss)
 
     def step(samples: Samples) -> None:
-        log_probs = mx.array(samples.log_probs).astype(mx.float32)
-        _, gradients = gradient(*inputs(samples), mx.array(samples.chosen), log_probs)
+        taught = mx.array(samples.taught).astype(mx.float32)
+        _, gradients = gradient(*inputs(samples), mx.array(samples.chosen), taught)
         optimizer.update(predictor, gradients)
         mx.eval(predictor.trainable_parameters(), optimizer.state)
 

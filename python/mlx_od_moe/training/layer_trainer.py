@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..calibration import SHIFT_INVARIANT
+from ..calibration import UNCALIBRATED
 from ..context import ContextConfig
 from ..metrics import Recall
 from ..model_routers import LayerRouter, load_routers
@@ -23,6 +23,7 @@ from ..router import input_scale
 from ..shadow_model import ExpertPredictor
 from .dataset import LayerDataset, split_documents
 from .fit import FitOptions, fit, fit_calibration, measure
+from .losses import TEACHERS
 from .traces import TraceInfo
 from .workers import Advance
 
@@ -67,10 +68,10 @@ class TrainingOptions:
             raise ValueError(
                 f"[TrainingOptions] candidates are some of {[*CANDIDATES]}, got {self.candidates}"
             )
-        if not 0 < self.validation_fraction < 1:
+        fraction = self.validation_fraction
+        if not 0 < fraction < 1:
             raise ValueError(
-                f"[TrainingOptions] validation_fraction must be between 0 and 1, "
-                f"got {self.validation_fraction}"
+                f"[TrainingOptions] validation_fraction must be between 0 and 1, got {fraction}"
             )
 
     @property
@@ -97,8 +98,15 @@ class LayerTrainer:
     @cached_property
     def split(self) -> tuple[set[int], set[int]]:
         """Training and validation documents."""
-        fraction, seed = self.options.validation_fraction, self.options.fit.seed
-        return split_documents(self.info, fraction, seed)
+        options = self.options
+        return split_documents(self.info, options.validation_fraction, options.fit.seed)
+
+    @cached_property
+    def fit_options(self) -> FitOptions:
+        """Those given; labels are hard where not all routers are known that could soften them."""
+        fit = self.options.fit
+        known = all(layer in self.routers for layer in self.info.moe_layers[1:])
+        return dataclasses.replace(fit, loss="bce") if fit.loss == "soft" and not known else fit
 
     def finished(self, layer: int) -> Path:
         """Where a finished layer's predictor lies."""
@@ -124,7 +132,7 @@ class LayerTrainer:
             fitted = self._fit(predictor, training, validation, candidate, advance)
             found[candidate] = predictor, fitted
         predictor, report = self._choose(found, validation)
-        if self.options.fit.loss in SHIFT_INVARIANT:
+        if self.fit_options.loss in UNCALIBRATED:
             predictor.calibrate(fit_calibration(predictor, validation, self.info.top_k))
         predictor.save(done)
         partial = report_path.with_suffix(".partial")
@@ -158,13 +166,13 @@ class LayerTrainer:
         return self.build(layer, targets, "gate") if "gate" in self.possible(targets) else None
 
     def _dataset(self, layer: int, documents: set[int]) -> LayerDataset:
-        routers = self.routers if self.options.fit.loss == "kl" else None
-        return LayerDataset(self.info, layer, documents, routers, self.memory_bytes)
+        teacher, memory = TEACHERS.get(self.fit_options.loss), self.memory_bytes
+        return LayerDataset(self.info, layer, documents, self.routers, memory, teacher)
 
     def possible(self, targets: Sequence[int]) -> list[str]:
         """The candidates whose routers are all known."""
         known = all(target in self.routers for target in targets)
-        if not known and self.options.fit.loss == "kl":
+        if not known and self.fit_options.loss == "kl":
             raise ValueError(
                 f"[{self.info.path}] the KL loss needs the routers of layers {list(targets)}: "
                 "collect from a model, or name it with --model"
@@ -218,7 +226,7 @@ class LayerTrainer:
             predictor,
             training,
             validation,
-            self.options.fit,
+            self.fit_options,
             self.checkpoint / f"layer-{training.layer}-{candidate}.safetensors",
             advance,
         )
@@ -235,11 +243,10 @@ class LayerTrainer:
 
         best = max(found, key=merit)
         predictor, recall = found[best]
-        if "gate" in found and best != "gate":
-            worse = [d for d, own in enumerate(recalls[best]) if own < gate[d]]
-            if worse:
-                predictor = with_gate_alone(predictor, found["gate"][0], worse)
-                recall = measure(predictor, validation, top_k)
+        worse = [d for d, own in enumerate(recalls[best]) if own < gate[d]]
+        if worse:
+            predictor = with_gate_alone(predictor, found["gate"][0], worse)
+            recall = measure(predictor, validation, top_k)
         return predictor, {
             "candidate": best,
             "terms": predictor.config.terms,

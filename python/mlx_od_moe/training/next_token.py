@@ -73,7 +73,7 @@ class NextTokenDataset(LayerDataset):
             chosen=experts[rows + 1],
             previous=experts[rows],
             routed=read_array(shard, f"routed_experts_{self.layer}")[rows],
-            log_probs=np.empty((len(rows), 0, 0), np.float16),
+            taught=np.empty((len(rows), 0, 0), np.float16),
         )
 
 
