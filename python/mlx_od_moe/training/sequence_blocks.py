@@ -7,12 +7,12 @@ rows that precede them, of whatever sequences lie there; `sequence` says which e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from .stored_states import LoadedStates, StoredStates
 from .traces import TraceInfo
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 _READERS = 2
 _NOWHERE = -1  # the sequence of rows that are not there
 
@@ -125,19 +126,35 @@ class SequenceBlocks:
             tokens = len(rows.sequence) - self.before
             phase = int(rng.integers(min(size, max(1, tokens - size + 1))))
             starts = np.arange(phase, max(1, tokens - size + 1), size)
-            for some in np.array_split(rng.permutation(starts), -(-len(starts) // batch)):
-                yield self._block(rows, some, min(size, tokens))
+            parts = np.array_split(rng.permutation(starts), -(-len(starts) // batch))
+            yield from self._blocks(rows, parts, min(size, tokens))
             del rows  # before the next are read
 
     def in_order(self, size: int = 4096) -> Iterator[Block]:
         """Every token once, in order, in batches of one block."""
         for rows in self._groups(None):
             tokens = len(rows.sequence) - self.before
-            for start in range(0, tokens, size):
-                yield self._block(rows, np.array([start]), min(size, tokens - start))
+            whole = [np.array([start]) for start in range(0, tokens - size + 1, size)]
+            yield from self._blocks(rows, whole, size)
+            if rest := tokens % size:
+                yield from self._blocks(rows, [np.array([tokens - rest])], rest)
             del rows
 
-    def _block(self, rows: _Rows, starts: Array, size: int) -> Block:
+    def _blocks(self, rows: _Rows, parts: Sequence[Array], size: int) -> Iterator[Block]:
+        """A block of each part's starts; the next is read while one is worked on."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = [partial(self._read_block, rows, starts, size) for starts in parts]
+            for states, routed, sequence in _ahead(pool, read):
+                yield Block(
+                    {n: mx.array(blocks).astype(self.dtype) for n, blocks in states.items()},
+                    {layer: experts[:, self.before :] for layer, experts in routed.items()},
+                    mx.array(sequence),
+                    self.before,
+                )
+
+    def _read_block(
+        self, rows: _Rows, starts: Array, size: int
+    ) -> tuple[dict[int, Array], dict[int, Array], Array]:
         index = starts[:, None] + np.arange(self.before + size)
         states, routed = (
             {layer: np.zeros((*index.shape, width), dtype) for layer in self.layers}
@@ -148,12 +165,7 @@ class SequenceBlocks:
         )
         for i, start in enumerate(starts):
             rows.read(int(start), *({n: a[i] for n, a in of.items()} for of in (states, routed)))
-        return Block(
-            {layer: mx.array(blocks).astype(self.dtype) for layer, blocks in states.items()},
-            {layer: experts[:, self.before :] for layer, experts in routed.items()},
-            mx.array(rows.sequence[index]),
-            self.before,
-        )
+        return states, routed, rows.sequence[index]
 
     @property
     def _shards(self) -> list[int]:
@@ -189,13 +201,7 @@ class SequenceBlocks:
     def _parts(self, shards: Sequence[int]) -> Iterator[_Part]:
         """Those shards, in that order; some are read ahead, since unpacking them takes a core."""
         with ThreadPoolExecutor(_READERS) as pool:
-            ahead: deque[Future[_Part]] = deque()
-            for shard in shards:
-                ahead.append(pool.submit(self._read, shard))
-                if len(ahead) > _READERS:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            yield from _ahead(pool, [partial(self._read, shard) for shard in shards])
 
     def _wanted(self, shard: Any) -> Array:
         document = read_array(shard, "document")
@@ -222,3 +228,14 @@ class SequenceBlocks:
             first += int(part.sequence[-1]) + 1
             ends.append(ends[-1] + len(part.rows))
         return _Rows(parts, ends, np.concatenate(sequences).astype(np.int32))
+
+
+def _ahead(pool: ThreadPoolExecutor, calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """Their results, in order; some are under way while one is used."""
+    under_way: deque[Future[T]] = deque()
+    for call in calls:
+        under_way.append(pool.submit(call))
+        if len(under_way) > _READERS:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
