@@ -48,14 +48,14 @@ void bind_training(nb::module_& m) {
   m.def(
       "read_memories",
       [](const mlx::core::array& query, const mlx::core::array& position_bias, const mlx::core::array& sequence,
-         const std::vector<mlx::core::array>& memories) {
-        return mlx_od_moe::read_memories(query, position_bias, sequence, memories);
-      },
-      "query"_a, "position_bias"_a, "sequence"_a, "memories"_a,
+         const std::vector<mlx::core::array>& memories,
+         bool bf16) { return mlx_od_moe::read_memories(query, position_bias, sequence, memories, bf16); },
+      "query"_a, "position_bias"_a, "sequence"_a, "memories"_a, "bf16"_a = false,
       nb::sig("def read_memories(query: mlx.core.array, position_bias: mlx.core.array, sequence: mlx.core.array, "
-              "memories: list[mlx.core.array]) -> list[mlx.core.array]"),
+              "memories: list[mlx.core.array], bf16: bool = False) -> list[mlx.core.array]"),
       R"(The previous token's states [batch, n, lookahead * state_size] and what attention over the last
-`window` tokens' memories read [batch, n, lookahead * key_size]: see ContextReader. CPU streams only.)");
+`window` tokens' memories read [batch, n, lookahead * key_size]: see ContextReader. `bf16`: it multiplies in bfloat16,
+summed in float32, where has_bf16_products. CPU streams only.)");
   m.def(
       "row_softmax", [](const mlx::core::array& x) { return mlx_od_moe::row_softmax(x); }, "x"_a,
       nb::sig("def row_softmax(x: mlx.core.array) -> mlx.core.array"),

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_od_moe._ext import read_memories
+from mlx_od_moe._ext import has_bf16_products, read_memories
 
 from mlx_od_moe import context, row_ops
 from mlx_od_moe.context import ContextConfig, ContextReader, TokenMemory
@@ -72,6 +72,30 @@ def test_reading_natively_changes_neither_vectors_nor_gradients(monkeypatch, sta
     assert found[True].keys() == found[False].keys()
     for name, expected in found[False].items():
         np.testing.assert_allclose(found[True][name], expected, atol=3e-5, err_msg=name)
+
+
+@pytest.mark.skipif(not has_bf16_products(), reason="this CPU has no products in bfloat16")
+@pytest.mark.parametrize("shape", [(2, 40, 64, 33), (1, 256, 64, 64), (2, 7, 6, 5)])
+def test_attention_in_bfloat16_is_that_in_float32_but_for_rounding(shape):
+    batch, tokens, window, key = shape
+    mx.random.seed(0)
+    bias = mx.random.normal((AHEAD, window + 1))
+    query = mx.random.normal((batch, tokens, AHEAD * key))
+    weights = mx.random.normal(query.shape)
+    rows = (batch, window + tokens)
+    memories = [mx.random.normal((*rows, 2 * key + 3)) for _ in range(AHEAD)]
+    sequence = mx.broadcast_to(mx.arange(rows[1]) // 50, rows)
+
+    def read(bf16, query, bias, *memories):
+        states, attended = read_memories(query, bias, sequence, list(memories), bf16=bf16)
+        return (attended * weights).sum() + states.sum()
+
+    found = {}
+    for bf16 in (True, False):
+        places = range(1, 3 + AHEAD)
+        _, found[bf16] = mx.value_and_grad(read, argnums=list(places))(bf16, query, bias, *memories)
+    for ours, exact in zip(found[True], found[False], strict=True):
+        assert (ours - exact).square().mean() < 1e-4 * exact.square().mean()
 
 
 def test_wrong_shapes_are_refused():

@@ -5,6 +5,7 @@
 #include <mlx/primitives.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -21,9 +22,30 @@ size_t size_of(int n) { return static_cast<size_t>(n); }
 
 struct Sizes {
   int batch, tokens, lookahead, window, key, state;
+  bool bf16;  // products
 
   int memory() const { return 2 * key + state; }
   size_t rows() const { return size_of(window + tokens); }
+};
+
+// What attention works in; a thread keeps it.
+struct Scratch {
+  float* floats;
+  uint16_t* packed;  // on a cache line, as the floats are
+
+  explicit Scratch(const Sizes& sizes) {
+    constexpr size_t kLine = 64;
+    const auto lines = [](size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; };
+    const size_t first = lines(kernels::attention_scratch(sizes.window, sizes.key) * sizeof(float));
+    const size_t packed_bytes = kernels::attention_packed(sizes.window, sizes.key, sizes.tokens) * sizeof(uint16_t);
+    thread_local std::vector<std::byte> own;
+    size_t room = first + (sizes.bf16 ? packed_bytes : 0) + kLine;
+    if (own.size() < room) own.resize(room);
+    void* begin = own.data();
+    std::align(kLine, room - kLine, begin, room);
+    floats = static_cast<float*>(begin);
+    packed = reinterpret_cast<uint16_t*>(static_cast<std::byte*>(begin) + first);
+  }
 };
 
 // Raw pointers to a read's inputs; MLX keeps the arrays alive until the task ran.
@@ -40,7 +62,7 @@ struct Memories {
   size_t bias_at(int d) const { return size_of(d) * size_of(sizes.window + 1); }
   size_t memory_at(int b) const { return size_of(b) * sizes.rows() * size_of(sizes.memory()); }
 
-  kernels::WindowAttention attention(int b, int d, float* scratch) const {
+  kernels::WindowAttention attention(int b, int d, const Scratch& scratch) const {
     const float* memory = memories[size_of(d)] + memory_at(b);
     return {sizes.window,
             sizes.key,
@@ -52,7 +74,8 @@ struct Memories {
             size_of(sizes.memory()),
             sequence + size_of(b) * sizes.rows(),
             bias + bias_at(d),
-            scratch};
+            scratch.floats,
+            scratch.packed};
   }
 
   // Calls with each of a batch row's tokens whose previous one is of the same sequence: the place of that
@@ -76,13 +99,18 @@ Memories memories_of(const Sizes& sizes, const std::vector<mx::array>& inputs) {
   return m;
 }
 
-void read(const Memories& m, float* states, float* attended) {
+kernels::Bf16Attention functions(const Sizes& sizes) {
   const kernels::KernelSet& k = kernels::select_kernels();
+  return sizes.bf16 ? *k.bf16_attention : kernels::Bf16Attention{k.attend, k.attend_gradient};
+}
+
+void read(const Memories& m, float* states, float* attended) {
   const Sizes& sizes = m.sizes;
-  std::vector<float> scratch(kernels::attention_scratch(sizes.window, sizes.key));
+  const Scratch scratch(sizes);
+  const kernels::Attend attend = functions(sizes).attend;
   for (int b = 0; b < sizes.batch; ++b) {
     for (int d = 0; d < sizes.lookahead; ++d) {
-      k.attend(m.attention(b, d, scratch.data()), attended + m.query_at(b, d), size_of(sizes.lookahead * sizes.key));
+      attend(m.attention(b, d, scratch), attended + m.query_at(b, d), size_of(sizes.lookahead * sizes.key));
       m.for_each_state(b, d, [&](bool follows, size_t from, size_t to) {
         if (follows) {
           std::copy_n(m.memories[size_of(d)] + from, sizes.state, states + to);
@@ -102,16 +130,15 @@ struct ReadGradients {
 };
 
 void read_gradient(const Memories& m, const float* states, const float* attended, const ReadGradients& to) {
-  const kernels::KernelSet& k = kernels::select_kernels();
   const Sizes& sizes = m.sizes;
-  std::vector<float> scratch(kernels::attention_scratch(sizes.window, sizes.key));
+  const Scratch scratch(sizes);
+  const kernels::AttendGradient gradient = functions(sizes).gradient;
   for (int b = 0; b < sizes.batch; ++b) {
     for (int d = 0; d < sizes.lookahead; ++d) {
       float* memory = to.memories[size_of(d)];
       float* key = memory + m.memory_at(b);
-      k.attend_gradient(m.attention(b, d, scratch.data()), attended + m.query_at(b, d),
-                        size_of(sizes.lookahead * sizes.key),
-                        {to.query + m.query_at(b, d), key, key + sizes.key, to.bias + m.bias_at(d)});
+      gradient(m.attention(b, d, scratch), attended + m.query_at(b, d), size_of(sizes.lookahead * sizes.key),
+               {to.query + m.query_at(b, d), key, key + sizes.key, to.bias + m.bias_at(d)});
       m.for_each_state(b, d, [&](bool follows, size_t at, size_t from) {
         if (follows) std::copy_n(states + from, sizes.state, memory + at);
       });
@@ -251,10 +278,11 @@ void require(bool condition, const char* rule) {
 }
 
 Sizes check(const mx::array& query, const mx::array& bias, const mx::array& sequence,
-            const std::vector<mx::array>& memories) {
+            const std::vector<mx::array>& memories, bool bf16) {
+  require(!bf16 || kernels::select_kernels().bf16_attention, "this CPU has no instructions for products in bfloat16");
   require(query.ndim() == 3 && bias.ndim() == 2 && bias.shape(1) > 1, "query is [batch, n, c], position_bias [d, w]");
   const int lookahead = bias.shape(0);
-  Sizes sizes{query.shape(0), query.shape(1), lookahead, bias.shape(1) - 1, query.shape(2) / lookahead, 0};
+  Sizes sizes{query.shape(0), query.shape(1), lookahead, bias.shape(1) - 1, query.shape(2) / lookahead, 0, bf16};
   require(query.shape(2) == lookahead * sizes.key && sizes.key > 0, "query holds one key for each distance");
   require(memories.size() == size_of(lookahead), "there is one memory for each distance");
   sizes.state = memories[0].shape(-1) - 2 * sizes.key;
@@ -268,8 +296,8 @@ Sizes check(const mx::array& query, const mx::array& bias, const mx::array& sequ
 }  // namespace
 
 std::vector<mx::array> read_memories(const mx::array& query, const mx::array& position_bias, const mx::array& sequence,
-                                     const std::vector<mx::array>& memories, mx::StreamOrDevice s) {
-  const Sizes sizes = check(query, position_bias, sequence, memories);
+                                     const std::vector<mx::array>& memories, bool bf16, mx::StreamOrDevice s) {
+  const Sizes sizes = check(query, position_bias, sequence, memories, bf16);
   std::vector<mx::array> inputs = {plain(query, mx::float32, s), plain(position_bias, mx::float32, s),
                                    plain(sequence, mx::int32, s)};
   for (const mx::array& memory : memories) inputs.push_back(plain(memory, mx::float32, s));

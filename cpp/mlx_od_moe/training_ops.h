@@ -22,12 +22,13 @@ namespace mlx_od_moe {
 //
 // query [batch, n, lookahead * key_size]; position_bias [lookahead, window + 1]; sequence: int
 // [batch, window + n]; memories: per distance [batch, window + n, 2 * key_size + state_size]. See ContextReader.
-// Has a gradient for all but `sequence`.
+// Has a gradient for all but `sequence`. `bf16`: attention multiplies in bfloat16, summed in float32; where
+// has_bf16_products (product_ops.h) only.
 MLX_OD_MOE_API std::vector<mlx::core::array> read_memories(const mlx::core::array& query,
                                                            const mlx::core::array& position_bias,
                                                            const mlx::core::array& sequence,
                                                            const std::vector<mlx::core::array>& memories,
-                                                           mlx::core::StreamOrDevice s = {});
+                                                           bool bf16 = false, mlx::core::StreamOrDevice s = {});
 
 // Over the last axis. Without gradients: they serve the losses' own.
 MLX_OD_MOE_API mlx::core::array row_softmax(const mlx::core::array& x, mlx::core::StreamOrDevice s = {});

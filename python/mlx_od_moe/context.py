@@ -142,16 +142,23 @@ class ContextReader(nn.Module):
         return vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
 
     def read(
-        self, query: mx.array | None, memories: Sequence[mx.array], sequence: mx.array
+        self,
+        query: mx.array | None,
+        memories: Sequence[mx.array],
+        sequence: mx.array,
+        bf16: bool = False,
     ) -> list[tuple[nn.Linear, mx.array]]:
         """What the vectors are sums of: matrices, each with what it is to multiply.
 
         `query` [batch, n, lookahead * key_size]: of the states; None where there is no attention.
+        `bf16`: on a CPU with products in bfloat16, attention multiplies so.
         """
         if query is None:
             return [(self.previous_state, self._previous(memories, sequence))]
         if on_cpu():
-            states, read = read_memories(query, self.position_bias, sequence, list(memories))
+            states, read = read_memories(
+                query, self.position_bias, sequence, list(memories), bf16=bf16
+            )
         else:
             states, read = (
                 self._previous(memories, sequence),

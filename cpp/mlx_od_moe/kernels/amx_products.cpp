@@ -17,13 +17,17 @@ inline __m512i to_words(__m512 low, __m512 high) {
   return words;
 }
 
-inline __m512 load_floats(const Rows& x, int row, int column) {
+// Of 16 columns, those that there are.
+inline __mmask16 columns_from(const Rows& x, int column) {
   const int left = x.columns - column;
-  if (row >= x.rows || left <= 0) return _mm512_setzero_ps();
-  const __mmask16 mask = left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1u);
+  return static_cast<__mmask16>(left >= 16 ? 0xffffu : left <= 0 ? 0u : (1u << left) - 1u);
+}
+
+template <Type type>
+inline __m512 load_floats(const Rows& x, int row, int column, __mmask16 columns) {
   const size_t at = static_cast<size_t>(row) * x.stride + static_cast<size_t>(column);
-  if (x.type == kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x.data) + at);
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x.data) + at));
+  if constexpr (type == kFloat32) return _mm512_maskz_loadu_ps(columns, static_cast<const float*>(x.data) + at);
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(columns, static_cast<const uint16_t*>(x.data) + at));
 }
 
 // Words of 32 bits.
@@ -58,17 +62,35 @@ inline uint16_t* tile_of(const Operand& o, int panel, int tile) {
   return o.data + static_cast<size_t>(panel) * o.stride + static_cast<size_t>(tile) * kTileNumbers;
 }
 
-void pack_rows(const Rows& x, Side side, const Operand& to) {
+// r[i] = words(i) for the rows that there are, else 0. The usual number is a constant, so that r stays in registers.
+template <class Words>
+inline void fill(__m512i (&r)[16], int rows, const Words& words) {
+  if (rows >= 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = words(i);
+  } else {
+    for (int i = 0; i < 16; ++i) r[i] = i < rows ? words(i) : _mm512_setzero_si512();
+  }
+}
+
+template <Type type>
+void pack_rows_of(const Rows& x, Side side, const Operand& to) {
   for (int p = 0; p < to.count; ++p) {
     for (int t = 0; t < to.tiles; ++t) {
+      const __mmask16 low = columns_from(x, t * 32), high = columns_from(x, t * 32 + 16);
       __m512i r[16];
-      for (int i = 0; i < 16; ++i) {
-        r[i] = to_words(load_floats(x, p * 16 + i, t * 32), load_floats(x, p * 16 + i, t * 32 + 16));
-      }
+      fill(r, x.rows - p * 16, [&](int i) {
+        const int row = p * 16 + i;
+        return to_words(load_floats<type>(x, row, t * 32, low), load_floats<type>(x, row, t * 32 + 16, high));
+      });
       if (side == kRight) transpose(r);
       store_tile(r, tile_of(to, p, t));
     }
   }
+}
+
+void pack_rows(const Rows& x, Side side, const Operand& to) {
+  x.type == kFloat32 ? pack_rows_of<kFloat32>(x, side, to) : pack_rows_of<kFloat16>(x, side, to);
 }
 
 // Words 2 i and 2 i + 1 of the result: word i of the two, from the first (or the second) half.
@@ -81,21 +103,30 @@ inline __m512i interleave_index(int half) {
   return _mm512_load_si512(index);
 }
 
-void pack_columns(const Rows& x, Side side, const Operand& to) {
+template <Type type>
+void pack_columns_of(const Rows& x, Side side, const Operand& to) {
   alignas(64) uint16_t index[32];
   for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));
   const __m512i pairs = _mm512_load_si512(index);
   for (int t = 0; t < to.tiles; ++t) {
+    const int rows = x.rows - t * 32;
     for (int p = 0; p < to.count; ++p) {
+      const __mmask16 columns = columns_from(x, p * 16);
       __m512i r[16];
-      for (int i = 0; i < 16; ++i) {
+      fill(r, (rows + 1) / 2, [&](int i) {
         const int row = t * 32 + 2 * i;
-        r[i] = _mm512_permutexvar_epi16(pairs, to_words(load_floats(x, row, p * 16), load_floats(x, row + 1, p * 16)));
-      }
+        const __mmask16 second = row + 1 < x.rows ? columns : static_cast<__mmask16>(0);
+        return _mm512_permutexvar_epi16(
+            pairs, to_words(load_floats<type>(x, row, p * 16, columns), load_floats<type>(x, row + 1, p * 16, second)));
+      });
       if (side == kLeft) transpose(r);
       store_tile(r, tile_of(to, p, t));
     }
   }
+}
+
+void pack_columns(const Rows& x, Side side, const Operand& to) {
+  x.type == kFloat32 ? pack_columns_of<kFloat32>(x, side, to) : pack_columns_of<kFloat16>(x, side, to);
 }
 
 void turn(const Operand& left, const Operand& right) {

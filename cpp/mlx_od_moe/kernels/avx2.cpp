@@ -302,6 +302,7 @@ const KernelSet kAvx2 = {
     attend,
     attend_gradient,
     nullptr,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

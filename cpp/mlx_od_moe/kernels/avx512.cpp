@@ -236,6 +236,7 @@ const KernelSet kAvx512 = {
     attend,
     attend_gradient,
     nullptr,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

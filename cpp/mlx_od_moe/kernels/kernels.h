@@ -76,6 +76,7 @@ struct WindowAttention {
   const int32_t* sequence;  // [window + tokens]
   const float* bias;        // [window + 1]
   float* scratch;           // attention_scratch(window, key_size) floats
+  uint16_t* packed;         // attention_packed(window, key_size, tokens) numbers on a cache line: Bf16Attention's
 };
 
 // In the strides of what they are the gradients of. The query's is set, the others are added to.
@@ -86,10 +87,31 @@ struct WindowGradients {
   float* bias;
 };
 
+// That a tile can see, and so many more that they fill tiles of depth.
+constexpr size_t attention_rows(int window) {
+  return static_cast<size_t>((window + kAttentionTile + kTileDepth - 1) / kTileDepth * kTileDepth);
+}
+
 constexpr size_t attention_scratch(int window, int key_size) {
-  return static_cast<size_t>(kAttentionTile) * static_cast<size_t>(2 * window + key_size + 2 * kAttentionTile) +
+  return static_cast<size_t>(kAttentionTile) * (2 * attention_rows(window) + static_cast<size_t>(key_size)) +
          2 * static_cast<size_t>(window + 2 * kAttentionTile);
 }
+
+constexpr size_t attention_packed(int window, int key_size, int tokens) {
+  const size_t rows = static_cast<size_t>(window + tokens + 6 * kTileDepth);
+  const size_t size = static_cast<size_t>(key_size + kTileDepth);
+  return 8 * rows * size + 4 * (attention_rows(window) + kAttentionTile) * static_cast<size_t>(kTileDepth);
+}
+
+using Attend = void (*)(const WindowAttention&, float* out, size_t out_stride);
+using AttendGradient = void (*)(const WindowAttention&, const float* cotangent, size_t cotangent_stride,
+                                const WindowGradients&);
+
+// With products in bfloat16, summed in float32.
+struct Bf16Attention {
+  Attend attend;
+  AttendGradient gradient;
+};
 
 struct KernelSet {
   const char* name;
@@ -113,10 +135,10 @@ struct KernelSet {
   // Softmax of x[n] and of one more score, `nothing`, whose share goes to none; in place. Scores of -1e9 and
   // less get a share below 1e-37 of the largest.
   void (*softmax)(float* x, int n, float nothing);
-  void (*attend)(const WindowAttention&, float* out, size_t out_stride);
-  void (*attend_gradient)(const WindowAttention&, const float* cotangent, size_t cotangent_stride,
-                          const WindowGradients&);
-  const Bf16Products* products;  // null where the CPU's are no faster than float32's
+  Attend attend;
+  AttendGradient attend_gradient;
+  const Bf16Products* products;         // null where the CPU's are no faster than float32's
+  const Bf16Attention* bf16_attention;  // the same
 };
 
 extern const KernelSet kScalar;
@@ -127,6 +149,7 @@ extern const Multiply kAvx512BatchF32, kAvx512BatchF16, kAvx512BatchBf16;
 extern const Multiply kAvx512Bf16Multiply;  // for CPUs that have it beside AVX-512
 extern const Prepare kAvx512Bf16Prepare;
 extern const Bf16Products kAmxProducts;
+extern const Bf16Attention kAmxAttention;
 extern const Multiply kAmxBf16, kAmxInt8, kAmxInt4;  // Linux: needs the system's permission
 #elif defined(__aarch64__)
 extern const KernelSet kNeon;

@@ -150,6 +150,7 @@ const KernelSet kNeon = {
     attend,
     attend_gradient,
     nullptr,
+    nullptr,
 };
 
 const Prepare kNeonBf16Prepare = prepare_bfloat;

@@ -128,6 +128,7 @@ const KernelSet kScalar = {
     attend,
     attend_gradient,
     nullptr,
+    nullptr,
 };
 
 }  // namespace mlx_od_moe::kernels

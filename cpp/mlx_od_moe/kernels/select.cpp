@@ -65,6 +65,7 @@ KernelSet complete_amx() {
   set.multiply[kInt8] = kAmxInt8;
   set.multiply[kInt4] = kAmxInt4;
   set.products = &kAmxProducts;
+  set.bf16_attention = &kAmxAttention;
   return set;
 }
 #endif

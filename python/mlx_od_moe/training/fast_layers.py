@@ -65,7 +65,7 @@ def fast_logits(
     if config.context is not None:
         reader = predictor.context
         query = bf16_linear(asking, reader.query.weight) if config.context.window else None
-        for matrix, read in reader.read(query, memories, sequence):
+        for matrix, read in reader.read(query, memories, sequence, bf16=True):
             inputs.append(read)
             weights.append(matrix.weight)
     gate, bias = _gate(predictor)
