@@ -15,7 +15,7 @@ if(APPLE)
 endif()
 # Lazy operations on mx::array.
 add_library(mlx_od_moe_mlx SHARED
-  cpp/mlx_od_moe/loss_ops.cpp cpp/mlx_od_moe/mlx_ops.cpp cpp/mlx_od_moe/product_ops.cpp
+  cpp/mlx_od_moe/adam_ops.cpp cpp/mlx_od_moe/loss_ops.cpp cpp/mlx_od_moe/mlx_ops.cpp cpp/mlx_od_moe/product_ops.cpp
   cpp/mlx_od_moe/training_ops.cpp)
 set_target_properties(mlx_od_moe_mlx PROPERTIES EXPORT_NAME mlx INSTALL_RPATH "${ORIGIN};${ORIGIN}/../../mlx/lib")
 target_link_libraries(mlx_od_moe_mlx PUBLIC mlx_od_moe_core mlx PRIVATE $<BUILD_INTERFACE:mlx_od_moe_flags>)

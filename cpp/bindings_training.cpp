@@ -1,10 +1,12 @@
 #include <mlx/mlx.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "mlx_od_moe/adam_ops.h"
 #include "mlx_od_moe/loss_ops.h"
 #include "mlx_od_moe/product_ops.h"
 #include "mlx_od_moe/training_ops.h"
@@ -82,5 +84,21 @@ summed in float32, where has_bf16_products. CPU streams only.)");
       nb::sig("def soft_labels(scores: mlx.core.array, k: int, temperature: float) -> mlx.core.array"),
       R"(Labels between 0 and 1, float32, of a router's scores [..., num_experts], as losses.py defines them; without a
 gradient. CPU streams only.)");
+  m.def(
+      "adamw",
+      [](const mlx::core::array& gradient, const mlx::core::array& first, const mlx::core::array& second,
+         const mlx::core::array& weight, const mlx::core::array& rate, const std::array<double, 2>& betas,
+         float epsilon, float decay) {
+        const auto rounded = [](double x) { return static_cast<float>(x); };
+        const mlx_od_moe::kernels::AdamStep step{
+            rounded(betas[0]), rounded(betas[1]), rounded(1 - betas[0]), rounded(1 - betas[1]), 0.0f, epsilon, decay};
+        return mlx_od_moe::adamw(gradient, first, second, weight, rate, step);
+      },
+      "gradient"_a, "first"_a, "second"_a, "weight"_a, "rate"_a, "betas"_a, "epsilon"_a, "decay"_a,
+      nb::sig("def adamw(gradient: mlx.core.array, first: mlx.core.array, second: mlx.core.array, "
+              "weight: mlx.core.array, rate: mlx.core.array, betas: list[float], epsilon: float, decay: float) "
+              "-> list[mlx.core.array]"),
+      R"([first, second, weight] after a step of AdamW (Loshchilov and Hutter, 2019) without bias correction. All of one
+shape, `rate` a scalar. CPU streams only.)");
   bind_products(m);
 }

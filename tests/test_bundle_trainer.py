@@ -45,7 +45,7 @@ def trained(traces, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("context", "gain"),
     [
-        (ContextConfig(4, 24, 0, early_query=False), 0.04),
+        (ContextConfig(4, 24, 0, early_query=False), 0.035),
         (ContextConfig(4, 24, 0), 0.02),  # these layers' states have less in common than a model's
         (ContextConfig(0, 0, 24), 0.04),
     ],

@@ -250,8 +250,8 @@ def test_training_calibrates_what_its_loss_leaves_free(tmp_path, traces, loss, c
         np.testing.assert_allclose(
             np.array(again[layer].calibration),
             np.array(predictor.calibration),
-            rtol=1e-3,
-            atol=1e-3,
+            rtol=3e-3,
+            atol=3e-3,  # training may have multiplied in bfloat16
         )
 
 

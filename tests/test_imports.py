@@ -17,6 +17,7 @@ BUILT = {"_ext", "_build"}
 # What the modules that everything rests on may import of ours, and nothing else.
 FOUNDATION = {
     "_blas": set(),
+    "_malloc": set(),
     "calibration": set(),
     "confidence": set(),
     "metrics": {"confidence"},

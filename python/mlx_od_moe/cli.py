@@ -165,9 +165,11 @@ def _train_flags(flag: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from ._malloc import keep_freed_memory
     from .training import FitOptions, TrainingOptions, train_shadow_model
     from .training.layer_trainer import DEFAULT_CANDIDATES
 
+    keep_freed_memory()
     names = ("loss", "learning_rate", "weight_decay", "patience", "seed")
     context = _context(options)
     together = context is not None or options.share_trunk
@@ -188,13 +190,12 @@ def _train(options: argparse.Namespace) -> None:
             **{name: getattr(options, name) for name in names},
         ),
     )
-    routers = options.model and _routers(options.model)
     bundle = train_shadow_model(
         options.traces,
         options.out,
         settings,
         layers=options.layers,
-        routers=routers,
+        routers=options.model and _routers(options.model),
         bits=options.bits,
         jobs=options.jobs or default_jobs(),
         memory_bytes=int(options.memory_gb * (1 << 30)),

@@ -6,6 +6,7 @@ MoE layer could have predicted them. A count per token and expert predicts them 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,10 @@ class TokenTable:
     def observe(self, token_ids: NDArray[Any], experts: NDArray[Any]) -> None:
         """Learn the choices [n, layers, top_k] of n tokens; ids below 0 are none."""
         tokens, row = np.unique(token_ids, return_inverse=True)
-        counts = np.zeros((len(tokens), *self._shape), np.float32)
-        chosen = experts >= 0
-        places = row[:, None, None], self._layers, np.where(chosen, experts, 0)
-        np.add.at(counts, places, chosen)
+        shape = len(tokens), *self._shape
+        places = (row[:, None, None] * shape[1] + self._layers) * shape[2] + experts
+        found = np.bincount(places[experts >= 0], minlength=math.prod(shape))
+        counts = found.reshape(shape).astype(np.float32)
         for token, seen, own in zip(tokens.tolist(), np.bincount(row), counts, strict=True):
             self._counts[token] = self._counts.get(token, 0) + own
             self._seen[token] = self._seen.get(token, 0) + int(seen)

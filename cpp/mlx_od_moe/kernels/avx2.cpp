@@ -299,6 +299,7 @@ const KernelSet kAvx2 = {
     sigmoid,
     top_k,
     softmax,
+    adam,
     attend,
     attend_gradient,
     nullptr,

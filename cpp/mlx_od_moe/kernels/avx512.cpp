@@ -233,6 +233,7 @@ const KernelSet kAvx512 = {
     sigmoid,
     top_k,
     softmax,
+    adam,
     attend,
     attend_gradient,
     nullptr,

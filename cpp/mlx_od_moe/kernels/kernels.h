@@ -113,6 +113,21 @@ struct Bf16Attention {
   AttendGradient gradient;
 };
 
+// One step of AdamW without bias correction (Loshchilov and Hutter, 2019).
+struct AdamStep {
+  float first, second;          // what the moments keep
+  float own_first, own_second;  // what the gradient adds: 1 less that, rounded once
+  float rate, epsilon, decay;
+};
+
+// Arrays of one length.
+struct AdamGiven {
+  const float *gradient, *first, *second, *weight;
+};
+struct AdamFound {
+  float *first, *second, *weight;  // may be what was given
+};
+
 struct KernelSet {
   const char* name;
   Multiply multiply[kNumFormats];
@@ -135,6 +150,7 @@ struct KernelSet {
   // Softmax of x[n] and of one more score, `nothing`, whose share goes to none; in place. Scores of -1e9 and
   // less get a share below 1e-37 of the largest.
   void (*softmax)(float* x, int n, float nothing);
+  void (*adam)(const AdamStep&, size_t n, const AdamGiven&, const AdamFound&);
   Attend attend;
   AttendGradient attend_gradient;
   const Bf16Products* products;         // null where the CPU's are no faster than float32's

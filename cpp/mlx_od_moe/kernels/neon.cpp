@@ -147,6 +147,7 @@ const KernelSet kNeon = {
     sigmoid,
     top_k,
     softmax,
+    adam,
     attend,
     attend_gradient,
     nullptr,

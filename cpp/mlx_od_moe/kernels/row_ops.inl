@@ -146,6 +146,34 @@ void softmax(float* x, int n, float nothing) {
   for (int i = 0; i < n; ++i) x[i] *= factor;
 }
 
+// Some numbers at a time: what is read may be what is written.
+template <class Count>
+inline void adam_part(const AdamStep& step, size_t begin, Count count, const AdamGiven& from, const AdamFound& to) {
+  float first[16], second[16], weight[16];
+  for (size_t i = 0; i < count; ++i) {
+    const float g = from.gradient[begin + i];
+    first[i] = step.first * from.first[begin + i] + step.own_first * g;
+    second[i] = step.second * from.second[begin + i] + step.own_second * (g * g);
+    const float kept = from.weight[begin + i] * (1.0f - step.rate * step.decay);
+    weight[i] = kept - step.rate * first[i] / (__builtin_sqrtf(second[i]) + step.epsilon);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    to.first[begin + i] = first[i];
+    to.second[begin + i] = second[i];
+    to.weight[begin + i] = weight[i];
+  }
+}
+
+struct Sixteen {
+  constexpr operator size_t() const { return 16; }
+};
+
+void adam(const AdamStep& step, size_t n, const AdamGiven& from, const AdamFound& to) {
+  size_t begin = 0;
+  for (; begin + 16 <= n; begin += 16) adam_part(step, begin, Sixteen(), from, to);
+  adam_part(step, begin, n - begin, from, to);
+}
+
 void prepare_float(const float* x, int columns, int, unsigned char* values, float*, float*, int32_t*) {
   memcpy(values, x, static_cast<size_t>(columns) * sizeof(float));
 }

@@ -125,6 +125,7 @@ const KernelSet kScalar = {
     sigmoid,
     top_k,
     softmax,
+    adam,
     attend,
     attend_gradient,
     nullptr,

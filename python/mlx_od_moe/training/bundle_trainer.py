@@ -23,8 +23,9 @@ from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..projection import Projection
 from ..shadow_model import ExpertPredictor
+from .adam import AdamW
 from .fast_layers import fast
-from .fit import FitOptions, FitState, read_checkpoint
+from .fit import FitOptions, FitState, read_checkpoint, vectors
 from .layer_trainer import LayerTrainer, with_gate_alone
 from .losses import LOSSES, TEACHERS
 from .muon import Muon
@@ -104,7 +105,7 @@ class BundleFit:
 
         rate = options.learning_rate
         matrices = Muon(schedule(_MUON_RATE * rate))
-        others = optim.AdamW(schedule(rate), weight_decay=options.weight_decay)
+        others = AdamW(schedule(rate), options.weight_decay)
         return optim.MultiOptimizer([matrices, others], [_is_matrix])
 
     def _loss(self, block: Block) -> mx.array:
@@ -140,13 +141,8 @@ class BundleFit:
         mx.async_eval(  # type: ignore[no-untyped-call]
             self.model.trainable_parameters(), states
         )
-        # One step ahead: Python prepares the next while this one is computed. Vectors stand for
-        # all: whoever held matrices would keep the next step from writing in their place.
-        before, self._under_way = self._under_way, self._vectors()
+        before, self._under_way = self._under_way, vectors(self.model)
         mx.eval(before)
-
-    def _vectors(self) -> list[mx.array]:
-        return [w for _, w in tree_flatten(self.model.trainable_parameters()) if w.ndim == 1]
 
     def _end_epoch(self, recall: float) -> None:
         weights = dict(tree_flatten(self.model.trainable_parameters()))

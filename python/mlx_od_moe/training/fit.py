@@ -20,6 +20,7 @@ from ..calibration import CalibrationFit
 from ..confidence import Confidence
 from ..metrics import Recall
 from ..predictor_file import write_safetensors
+from .adam import AdamW
 from .dataset import LayerDataset, Samples
 from .losses import LOSSES
 from .workers import Advance
@@ -130,7 +131,7 @@ def fit(
         ],
         [warmup],
     )
-    optimizer = optim.AdamW(schedule, weight_decay=options.weight_decay)
+    optimizer = AdamW(schedule, options.weight_decay)
     optimizer.init(predictor.trainable_parameters())
     top_k = predictor.config.top_k
     state, best = _resume(checkpoint, predictor, optimizer)
@@ -172,14 +173,29 @@ def _step_function(
         return loss_of(forward(h, previous), chosen, taught)
 
     gradient = nn.value_and_grad(predictor, loss)
+    under_way: list[mx.array] = []
 
     def step(samples: Samples) -> None:
+        nonlocal under_way
         taught = mx.array(samples.taught).astype(mx.float32)
         _, gradients = gradient(*inputs(samples), mx.array(samples.chosen), taught)
         optimizer.update(predictor, gradients)
-        mx.eval(predictor.trainable_parameters(), optimizer.state)
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            predictor.trainable_parameters(), optimizer.state
+        )
+        before, under_way = under_way, vectors(predictor)
+        mx.eval(before)
 
     return step
+
+
+def vectors(module: nn.Module) -> list[mx.array]:
+    """Those among the parameters, which stand for a step that is under way.
+
+    Python prepares the next step while this one is computed. Whoever held matrices would keep the
+    next step from writing in their place.
+    """
+    return [w for _, w in tree_flatten(module.trainable_parameters()) if w.ndim == 1]
 
 
 def _write_checkpoint(

@@ -134,6 +134,6 @@ def _fast_forward(predictor: ExpertPredictor) -> Callable[[mx.array, mx.array], 
     sequence = mx.zeros((1, 1), mx.int32)  # only a context reads it
 
     def forward(h: mx.array, previous: mx.array) -> mx.array:
-        return fast_logits(predictor, h[None], h[None], (), sequence)[0]
+        return mx.flatten(fast_logits(predictor, h[None], h[None], (), sequence), 0, 1)
 
     return forward
