@@ -123,6 +123,13 @@ def test_soft_labels_are_of_what_the_router_ranks_by(options):
     assert ((found > 0.5).sum(-1) == TOP_K).all()
 
 
+@pytest.mark.parametrize("k", [1, 31, 32, 69])
+def test_labels_for_any_number_of_chosen(k):
+    scores = np.random.default_rng(k).standard_normal((3, 70))
+    found = np.array(native_soft_labels(mx.array(scores), k, TEMPERATURE))
+    np.testing.assert_allclose(found, labels_by_hand(scores, k), atol=2e-5)
+
+
 def test_labels_of_equal_scores_are_halves():
     found = np.array(native_soft_labels(mx.ones((2, 5)), 2, 0.3))
     np.testing.assert_array_equal(found, np.full((2, 5), 0.5, np.float32))

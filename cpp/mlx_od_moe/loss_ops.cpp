@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -114,24 +115,54 @@ class CrossEntropy : public CpuPrimitive {
   }
 };
 
-// The labels of one row of n scores; `sorted` is scratch for n.
-void soften(const float* scores, size_t n, size_t k, float temperature, float* sorted, float* out) {
-  std::copy_n(scores, n, sorted);
-  std::nth_element(sorted, sorted + k, sorted + n, std::greater<>());
-  const float boundary = 0.5f * (sorted[k] + *std::min_element(sorted, sorted + k));
-  double sum = 0.0;
-  double squares = 0.0;
-  for (size_t i = 0; i < n; ++i) {
-    const double above = static_cast<double>(scores[i] - boundary);
-    sum += above;
-    squares += above * above;
-  }
-  const double mean = sum / static_cast<double>(n);
-  const double variance = std::max(squares / static_cast<double>(n) - mean * mean, 0.0);
-  const float factor = 1.0f / (temperature * static_cast<float>(std::sqrt(variance)) + kTiny);
-  for (size_t i = 0; i < n; ++i) out[i] = (scores[i] - boundary) * factor;
-  kernels::select_kernels().sigmoid(out, static_cast<int>(n));
+// Of value(0) ... value(n - 1), in lanes that a compiler makes vectors of.
+template <class Value>
+float sum_of(size_t n, const Value& value) {
+  constexpr size_t kLanes = 16;
+  float lanes[kLanes] = {};
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] += value(i + lane);
+  for (; i < n; ++i) lanes[0] += value(i);
+  return std::accumulate(lanes, lanes + kLanes, 0.0f);
 }
+
+// Softens labels, row by row.
+class Softener {
+ public:
+  Softener(size_t experts, size_t k, float temperature)
+      : experts_(experts), k_(k), temperature_(temperature), sorted_(experts), candidates_(experts), best_(k + 1) {}
+
+  void row(const float* scores, float* out) {
+    const float bar = bar_of(scores);
+    const auto count = static_cast<float>(experts_);
+    const float mean = sum_of(experts_, [&](size_t i) { return scores[i] - bar; }) / count;
+    const auto square = [&](size_t i) { return (scores[i] - bar - mean) * (scores[i] - bar - mean); };
+    const float deviation = std::sqrt(sum_of(experts_, square) / count);
+    const float factor = 1.0f / (temperature_ * deviation + kTiny);
+    for (size_t i = 0; i < experts_; ++i) out[i] = (scores[i] - bar) * factor;
+    set_.sigmoid(out, static_cast<int>(experts_));
+  }
+
+ private:
+  // Halfway between the k-th score and the next.
+  float bar_of(const float* scores) {
+    if (k_ < kernels::kMaxTopK) {
+      set_.top_k(scores, static_cast<int>(experts_), static_cast<int>(k_) + 1, candidates_.data(), best_.data());
+      return 0.5f * (scores[best_[k_ - 1]] + scores[best_[k_]]);
+    }
+    std::copy_n(scores, experts_, sorted_.data());
+    const auto next = sorted_.begin() + static_cast<std::ptrdiff_t>(k_);
+    std::nth_element(sorted_.begin(), next, sorted_.end(), std::greater<>());
+    return 0.5f * (*next + *std::min_element(sorted_.begin(), next));
+  }
+
+  const kernels::KernelSet& set_ = kernels::select_kernels();
+  size_t experts_, k_;
+  float temperature_;
+  std::vector<float> sorted_;
+  std::vector<int32_t> candidates_, best_;
+};
 
 class SoftLabels : public CpuPrimitive {
  public:
@@ -139,14 +170,11 @@ class SoftLabels : public CpuPrimitive {
       : CpuPrimitive(stream, "soft_labels"), k_(static_cast<size_t>(k)), temperature_(temperature) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    const size_t n = static_cast<size_t>(inputs[0].shape(-1));
     prepare(inputs, outputs)
-        .dispatch([n, rows = inputs[0].size() / n, k = k_, temperature = temperature_, scores = inputs[0].data<float>(),
-                   out = outputs[0].data<float>()] {
-          std::vector<float> sorted(n);
-          for (size_t row = 0; row < rows; ++row) {
-            soften(scores + row * n, n, k, temperature, sorted.data(), out + row * n);
-          }
+        .dispatch([experts = static_cast<size_t>(inputs[0].shape(-1)), size = inputs[0].size(), k = k_,
+                   temperature = temperature_, scores = inputs[0].data<float>(), out = outputs[0].data<float>()] {
+          Softener softener(experts, k, temperature);
+          for (size_t first = 0; first < size; first += experts) softener.row(scores + first, out + first);
         });
   }
 

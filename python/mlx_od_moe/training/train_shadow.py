@@ -63,8 +63,8 @@ def train_shadow_model(
         routers: {MoE layer: router}; default those recorded with the traces. Without any, the
             candidates that look through them are left out.
         bits: quantise the written file (4 or 8).
-        jobs: layers trained at once, each in a process of its own; with a context, each
-            on a thread of its own.
+        jobs: layers trained at once, each in a process of its own; with a context, all at once,
+            each on a thread of its own, or with 1 all on one.
         memory_bytes: how much decoded data each job holds at once, roughly.
 
     Raises ValueError naming the file and rule for unusable traces or a foreign checkpoint.
@@ -123,7 +123,9 @@ def _train(
     if trainer.options.together:
         work = trainer.options.fit.epochs * trainer.training_tokens
         with progress_bar(work, "train", "token", progress) as bar:
-            predictors, memories, reports = train_together(trainer, layers, jobs, bar.update)
+            # Each waits at times for what others compute: with all of them cores have always work.
+            streams = 1 if jobs == 1 else len(layers)
+            predictors, memories, reports = train_together(trainer, layers, streams, bar.update)
             for layer, report in reports.items() if progress else ():
                 bar.write(_summary(layer, trainer.info.top_k, report), file=sys.stderr)
         return predictors, memories, reports
