@@ -238,12 +238,14 @@ def train_together(
         {layer: targets[layer] for layer in gates},
         validation,
     )
+    final = found
     for layer, gate in gates.items():
         own, alone = found[layer].at(info.top_k), free[layer].at(info.top_k)
         worse = [d for d, recall in enumerate(alone) if own[d] < recall]
         if worse:
             model.predictors[name_of(layer)] = with_gate_alone(predictors[layer], gate, worse)
-    final = measure_blocks(model, targets, validation)
+            final = {}
+    final = final or measure_blocks(model, targets, validation)
     chosen = {layer: model.predictors[name_of(layer)] for layer in layers}
     if options.loss in UNCALIBRATED:
         for layer, calibration in fit_block_calibrations(model, targets, validation).items():
