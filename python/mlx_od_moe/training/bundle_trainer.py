@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .._blas import one_blas_thread
 from ..calibration import UNCALIBRATED
 from ..context import TokenMemory
+from ..metrics import Recall
 from ..model_routers import LayerRouter
 from ..predictor_file import write_safetensors
 from ..projection import Projection
@@ -77,6 +78,7 @@ class BundleFit:
             self._optimizers[name].init(module.trainable_parameters())
         self._gradient = nn.value_and_grad(model, self._loss)
         self._under_way: list[mx.array] = []
+        self._recalls: dict[int, Recall] = {}  # at the end of the last epoch of this run
         self.state, self._best = FitState(), dict(tree_flatten(model.trainable_parameters()))
 
     def run(self, advance: Advance) -> None:
@@ -89,10 +91,18 @@ class BundleFit:
                 for block in self.training.batches(_BLOCK, self._batch, order):
                     self._step(block)
                     advance(block.sequence.shape[0] * _BLOCK)
-                recalls = measure_blocks(self.model, self.model.targets, self.validation)
-                top_k = self.validation.traces.top_k
-                self._end_epoch(float(np.mean([np.mean(r.at(top_k)) for r in recalls.values()])))
+                self._recalls = self._measured()
+                found = self._recalls.values()
+                self._end_epoch(float(np.mean([np.mean(r.at(self._top_k)) for r in found])))
         self.model.update(tree_unflatten(list(self._best.items())))
+
+    def recalls(self) -> dict[int, Recall]:
+        """{layer: its validation recall} after `run`."""
+        known = self._recalls and self.state.best_epoch == self.state.epoch
+        return self._recalls if known else self._measured()
+
+    def _measured(self) -> dict[int, Recall]:
+        return measure_blocks(self.model, self.model.targets, self.validation)
 
     def _optimizer(self) -> Any:
         options = self.options
@@ -231,7 +241,7 @@ def train_together(
     options = trainer.fit_options
     fit = BundleFit(model, training, validation, trainer.routers, options, checkpoint, streams)
     fit.run(advance)
-    found = measure_blocks(model, targets, validation)
+    found = fit.recalls()
     gates = {layer: gate for layer in layers if (gate := trainer.gate(layer)) is not None}
     free = measure_blocks(
         lambda block: {n: block_logits(gates[n], n, n, (), {}, block) for n in gates},

@@ -22,8 +22,9 @@ from .layer_trainer import LayerTrainer, TrainingOptions
 from .traces import TraceInfo
 from .workers import Advance
 
-# Tokens: larger batches, as layers together train in, leave Adam too few steps.
-_BATCH = 512
+# Tokens: larger batches, as layers together train in, leave Adam too few steps. Those above
+# _BATCH_OF_RATE take steps longer by as much.
+_BATCH, _BATCH_OF_RATE = 1024, 512
 
 
 class NextTokenDataset(LayerDataset):
@@ -107,7 +108,8 @@ def train_next_token(
     """
     options = trainer.options.fit
     batch_size = min(options.batch_size, _BATCH)
-    options = dataclasses.replace(options, loss="bce", batch_size=batch_size)
+    rate = options.learning_rate * max(1.0, batch_size / _BATCH_OF_RATE)
+    options = dataclasses.replace(options, loss="bce", batch_size=batch_size, learning_rate=rate)
     training, validation = datasets
     predictor = build_next_token(trainer.info, trainer.options)
     checkpoint = trainer.checkpoint / "next-token.safetensors"
