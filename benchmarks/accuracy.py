@@ -24,6 +24,8 @@ ABLATIONS = {
     "previous token's state only": ["--context", "state", "--candidates", "mlp+gate", "gate"],
     "without gate lookahead": ["--context", "attention", "--candidates", "mlp"],
     "KL": [*CONTEXT, "--loss", "kl"],
+    "hard labels": [*CONTEXT, "--loss", "bce"],
+    "late queries": [*CONTEXT, "--late-query"],
     "width 512": [*CONTEXT, "--predictor-size", "512"],
     "window 16": [*CONTEXT, "--window", "16"],
     "one epoch": [*CONTEXT, "--epochs", "1"],
