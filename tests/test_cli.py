@@ -29,7 +29,7 @@ def traces(tmp_path_factory) -> Path:
 TRAIN = ("--predictor-size", 24, "--epochs", 2, "--jobs", 1, "--candidates", "mlp+gate")
 
 
-def test_collect_train_evaluate(tmp_path, capsys):
+def test_collect_train_evaluate(tmp_path, capsys, monkeypatch):
     """Dummy traces through every command, with the files that each promises."""
     arguments = [
         "collect", "--dummy", "--samples", "600", "--hidden-size", "32", "--num-experts", "16",
@@ -55,6 +55,13 @@ def test_collect_train_evaluate(tmp_path, capsys):
     assert {"top_k", "methods"} <= result.keys()
     assert len(result["methods"]["predictor"]["recall_at_2k"]) == 4
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    monkeypatch.setitem(
+        sys.modules, "matplotlib.figure", None
+    )  # without it all but the plot is there
+    assert main([str(a) for a in arguments]) == 1
+    found = capsys.readouterr()
+    assert "shadow model" in found.out
+    assert "plots need matplotlib" in found.err
 
 
 @pytest.mark.parametrize(

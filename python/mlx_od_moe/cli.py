@@ -235,17 +235,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         routers = Path(directory) / "routers.safetensors" if options.model else None
         if routers:
             save_routers(routers, _routers(options.model))
-        result = evaluate(
-            options.predictor,
-            options.traces,
-            options.fit_traces,
-            routers=routers,
-            jobs=options.jobs or default_jobs(),
-        )
+        given = options.predictor, options.traces, options.fit_traces
+        result = evaluate(*given, routers=routers, jobs=options.jobs or default_jobs())
     _write_json(options.json, result)
+    print(table(result))
     if options.plot:
         plot(result, options.plot)
-    print(table(result))
 
 
 def _pack_flags(flag: Any) -> None:

@@ -58,9 +58,9 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
     if options.plot:
         plot(result, options.plot)
-    print(table(result))
 
 
 def _trace(options: argparse.Namespace) -> RoutingTrace:

@@ -68,11 +68,9 @@ class TrainingOptions:
             raise ValueError(
                 f"[TrainingOptions] candidates are some of {[*CANDIDATES]}, got {self.candidates}"
             )
-        fraction = self.validation_fraction
-        if not 0 < fraction < 1:
-            raise ValueError(
-                f"[TrainingOptions] validation_fraction must be between 0 and 1, got {fraction}"
-            )
+        if not 0 < self.validation_fraction < 1:
+            rule = "validation_fraction must be between 0 and 1"
+            raise ValueError(f"[TrainingOptions] {rule}, got {self.validation_fraction}")
 
     @property
     def together(self) -> bool:
@@ -98,8 +96,7 @@ class LayerTrainer:
     @cached_property
     def split(self) -> tuple[set[int], set[int]]:
         """Training and validation documents."""
-        options = self.options
-        return split_documents(self.info, options.validation_fraction, options.fit.seed)
+        return split_documents(self.info, self.options.validation_fraction, self.options.fit.seed)
 
     @cached_property
     def fit_options(self) -> FitOptions:
