@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_od_moe.model_routers import load_routers
 from mlx_od_moe.training.dataset import LayerDataset, Samples, read_array, split_documents
+from mlx_od_moe.training.losses import soft_labels
 from mlx_od_moe.training.traces import TraceInfo, write_shard
 from planted_traces import EXPERTS, TOP_K, plant
 
@@ -139,15 +140,24 @@ def test_log_probs_are_the_target_routers_own(traces):
     dataset = LayerDataset(traces, 1, {0, 5, 11}, routers, memory_bytes=0)
     count = 0
     for samples in dataset.batches(50):
-        assert samples.log_probs.shape == (len(samples), 2, EXPERTS)
-        probabilities = np.exp(samples.log_probs.astype(np.float64))
+        assert samples.taught.shape == (len(samples), 2, EXPERTS)
+        probabilities = np.exp(samples.taught.astype(np.float64))
         np.testing.assert_allclose(probabilities.sum(-1), 1, atol=0.01)
-        best = np.argsort(-samples.log_probs, axis=-1, kind="stable")[..., :TOP_K]
+        best = np.argsort(-samples.taught, axis=-1, kind="stable")[..., :TOP_K]
         same = np.sort(best, -1) == np.sort(samples.chosen, -1)
         assert same.mean() > 0.99  # float16 leaves a tie here and there
         count += len(samples)
     assert count == len(dataset)
-    assert next(LayerDataset(traces, 1).batches(5)).log_probs.shape == (5, 0, 0)
+    assert next(LayerDataset(traces, 1).batches(5)).taught.shape == (5, 0, 0)
+
+
+def test_soft_labels_are_above_half_for_what_was_chosen(traces):
+    routers = load_routers(traces.routers)
+    samples = next(LayerDataset(traces, 1, routers=routers, teacher=soft_labels).batches(200))
+    of_chosen = np.take_along_axis(samples.taught, samples.chosen.astype(np.int64), axis=-1)
+    assert (of_chosen >= 0.5).mean() > 0.99  # float16 leaves a tie here and there
+    assert ((samples.taught > 0.5).sum(-1) <= TOP_K).all()
+    assert next(LayerDataset(traces, 1, routers=routers, teacher=None).batches(5)).taught.size == 0
 
 
 def test_a_layer_that_is_no_moe_layer_is_an_error(traces):
@@ -178,7 +188,7 @@ def test_a_shard_cut_after_it_was_opened_is_an_error_that_names_it(tmp_path):
 def test_taking_rows_takes_them_from_every_array():
     n = 6
     arrays = {name: np.arange(n) for name in ("hidden_states", "chosen", "previous", "routed")}
-    samples = Samples(**arrays, log_probs=np.arange(n))
+    samples = Samples(**arrays, taught=np.arange(n))
     taken = samples.take(np.array([4, 1]))
-    assert all(getattr(taken, name).tolist() == [4, 1] for name in (*arrays, "log_probs"))
+    assert all(getattr(taken, name).tolist() == [4, 1] for name in (*arrays, "taught"))
     assert [len(batch) for batch in samples.batches(4)] == [4, 2]
